@@ -1,0 +1,7 @@
+"""`python -m sparsegpt_lite`."""
+
+import sys
+
+from sparsegpt_lite.cli import main
+
+sys.exit(main())

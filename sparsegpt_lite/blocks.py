@@ -1,0 +1,359 @@
+"""Where are the decoder blocks and their prunable matrices?
+
+The model is a skeleton on the meta device; one block at a time is filled from the checkpoint by transformers' own
+loader and emptied again. Everything private of transformers is called here and nowhere else.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, first_line
+from sparsegpt_lite.errors import CheckpointError, ModelError
+
+# Layers that choose instead of computing: a wrong choice costs more than their few weights save.
+CHOOSERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|modality_router|indexer)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of one linear layer, seen as W [d_out, d_in] whatever its layout.
+
+    Attributes:
+        name: Name of the parameter in the model, `model.layers.0.mlp.up_proj.weight`.
+        module: The layer.
+        d_out: Outputs.
+        d_in: Inputs.
+    """
+
+    name: str
+    module: nn.Module
+    d_out: int
+    d_in: int
+
+    def read(self) -> Tensor:
+        """W [d_out, d_in] in the dtype of the model; may share memory with the layer."""
+        weight: Tensor = self.module.weight.data  # type: ignore[union-attr, assignment]
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    def replace(self, W: Tensor) -> None:
+        """Put W [d_out, d_in] in the place of the weight, cast to its dtype."""
+        new = W.T if isinstance(self.module, Conv1D) else W
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        weight.data = new.to(weight.dtype).contiguous()
+
+
+def matrices(block_name: str, block: nn.Module, skip: str | None) -> tuple[list[Matrix], dict[str, str]]:
+    """List what can be pruned in a block, and why its other weights of two or more dimensions stay dense."""
+    found: list[Matrix] = []
+    dense: dict[str, str] = {}
+    for path, module in block.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = ".".join(filter(None, (block_name, path, leaf)))
+            if parameter.ndim < 2:
+                continue
+            if leaf != "weight" or not isinstance(module, (nn.Linear, Conv1D)):
+                kind = type(module).__name__
+                dense[name] = f"not a linear layer ({kind} {list(parameter.shape)})"
+            elif CHOOSERS.search(path):
+                dense[name] = "chooses between experts or tokens"
+            elif skip and re.search(skip, name):
+                dense[name] = "left out by --skip"
+            else:
+                shape = parameter.shape[::-1] if isinstance(module, Conv1D) else parameter.shape
+                found.append(Matrix(name, module, *shape))
+    return found, dense
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Decoder blocks by name: the outermost gradient-checkpointing layers, else the largest list of modules.
+
+    Which of them the model really calls is seen when it runs.
+
+    Raises:
+        ModelError: Neither is there.
+    """
+    found = dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer)))
+    if not found:
+        lists = dict(_outermost(model, lambda module: isinstance(module, nn.ModuleList) and len(module) > 0))
+        if not lists:
+            raise ModelError(f"{type(model).__name__}: found neither decoder layers nor a list of modules to stream")
+        name = max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+        found = {f"{name}.{child}": block for child, block in lists[name].named_children()}
+    return found
+
+
+def _outermost(
+    module: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = ""
+) -> Iterable[tuple[str, nn.Module]]:
+    for child_name, child in module.named_children():
+        name = f"{prefix}.{child_name}" if prefix else child_name
+        if wanted(child):
+            yield name, child
+        else:
+            yield from _outermost(child, wanted, name)
+
+
+class BlockModel(Protocol):
+    """A model whose blocks are there between `load` and `drop`."""
+
+    module: PreTrainedModel
+    blocks: dict[str, nn.Module]
+    device: torch.device
+
+    def load(self, block: str) -> None:
+        """Make the weights of a block real."""
+
+    def drop(self, block: str) -> None:
+        """Free them again."""
+
+
+class LoadedModel:
+    """A model that is in memory already."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module = module
+        self.blocks = find_blocks(module)
+        self.device = module.device
+
+    def load(self, block: str) -> None:
+        """Nothing to do."""
+
+    def drop(self, block: str) -> None:
+        """Nothing to do."""
+
+
+class StreamedModel:
+    """A model that stays on disk: a skeleton whose blocks are filled one at a time.
+
+    Attributes:
+        module: The transformers model, on meta but for what is loaded.
+        blocks: Candidate blocks by name.
+        device: Where loaded weights and buffers go.
+        dtype: Of the loaded weights.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Build the skeleton and map every name on disk to a parameter.
+
+        Args:
+            checkpoint: Where the weights are.
+            device: Where a loaded block goes.
+            dtype: Of the loaded weights; what most of them have on disk by default.
+            trust_remote_code: Run model code that comes with the checkpoint.
+
+        Raises:
+            CheckpointError: A parameter has no tensor on disk, or one of another shape.
+            ModelError: transformers does not know the model, or it has no blocks.
+        """
+        self.checkpoint, self.device = checkpoint, device
+        self.dtype = dtype or disk_dtype(checkpoint)
+        self.module = _skeleton(checkpoint, self.dtype, device, trust_remote_code)
+        self.blocks = find_blocks(self.module)
+        self._mapping = get_model_conversion_mapping(self.module)
+        self._targets = self._map_names()
+        self._check_names()
+
+    def _map_names(self) -> dict[str, tuple[str, bool]]:
+        """On-disk name -> name in the model (the first, where several are fused or split), and if it is converted."""
+        renamings = [w for w in self._mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
+        state, prefix = self.module.state_dict(), self.module.base_model_prefix
+        targets = {}
+        for name in self.checkpoint.entries:
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, pattern = name, None
+            targets[name] = (target, pattern is not None)
+        return targets
+
+    def _check_names(self) -> None:
+        """Compare what the model needs with what is on disk, as far as no conversion stands between them."""
+        state = self.module.state_dict()
+        tied = self.module.all_tied_weights_keys
+        there = {target for target, _ in self._targets.values()}
+        converted = any(converts for _, converts in self._targets.values())
+        missing = [n for n in state if n not in there and n not in tied and n not in tied.values()]
+        if missing and not converted:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {len(missing)} weights that config.json asks for are not there, "
+                f"{missing[0]} first; config and weights belong to different models"
+            )
+        for name, (target, converts) in self._targets.items():
+            shape = self.checkpoint.entries[name].shape
+            if not converts and target in state and tuple(state[target].shape) != shape:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} is {list(shape)} on disk, but config.json asks for "
+                    f"{list(state[target].shape)}"
+                )
+
+    def load_outer(self, head: bool) -> None:
+        """Load what is in no block: embeddings, final norm, and with `head` the output layer."""
+        output = self.module.get_output_embeddings()
+        skipped = () if head or output is None else tuple(f"{n}." for n, m in self.module.named_modules() if m is output)
+        inside = tuple(f"{block}." for block in self.blocks)
+        self._load(lambda target: not target.startswith(inside) and not (skipped and target.startswith(skipped)))
+        for target, source in self.module.all_tied_weights_keys.items():
+            if not target.startswith(inside):
+                self._tie(target, source)
+
+    def _tie(self, target: str, source: str) -> None:
+        """Let two tied parameters be one, whichever of them is loaded."""
+        a, b = self.module.get_parameter(target), self.module.get_parameter(source)
+        if a.is_meta and not b.is_meta:
+            _set(self.module, target, b)
+        elif b.is_meta and not a.is_meta:
+            _set(self.module, source, a)
+
+    def load(self, block: str) -> None:
+        """Fill a block from the checkpoint.
+
+        Raises:
+            CheckpointError: Some of its weights are not on disk.
+        """
+        self._load(lambda target: target.startswith(f"{block}."))
+        left = [n for n, t in self.blocks[block].state_dict(keep_vars=True).items() if t.is_meta]
+        if left:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {block}.{left[0]} cannot be loaded ({len(left)} weights of this block); "
+                f"config and weights belong to different models"
+            )
+
+    def _load(self, wanted: Callable[[str], bool]) -> None:
+        """Let transformers load the tensors whose target in the model is wanted."""
+        names = [name for name, (target, _) in self._targets.items() if wanted(target)]
+        config = LoadStateDictConfig(
+            device_map={"": str(self.device)},
+            dtype=self.dtype,
+            dtype_plan=self.module._get_dtype_plan(self.dtype),
+            weight_mapping=deepcopy(self._mapping),
+        )
+        with self.checkpoint.slices(names) as slices, _without_bars():
+            convert_and_load_state_dict_in_model(self.module, slices, config, None)
+
+    def drop(self, block: str) -> None:
+        """Put the parameters of a block back on meta, which frees them."""
+        for name, _ in list(self.blocks[block].named_parameters()):
+            set_module_tensor_to_device(self.blocks[block], name, "meta", clear_cache=False)
+
+    def disk_name(self, parameter: str) -> str:
+        """Name of a parameter in the checkpoint; its name in the model where it is stored in parts."""
+        return next((n for n, target in self._targets.items() if target == (parameter, False)), parameter)
+
+    def on_disk(self, block: str, changed: set[str]) -> dict[str, Tensor]:
+        """Give changed parameters of the loaded block as the tensors of the checkpoint that hold them.
+
+        Args:
+            block: A loaded block.
+            changed: Parameters by their names in the model.
+
+        Returns:
+            On-disk name -> tensor.
+        """
+        plain = {name: target for name, (target, converts) in self._targets.items() if target in changed and not converts}
+        tensors = {name: self.module.get_parameter(target).data for name, target in plain.items()}
+        if rest := changed - set(plain.values()):
+            tensors |= self._converted_back(block, rest)
+        return tensors
+
+    def _converted_back(self, block: str, changed: set[str]) -> dict[str, Tensor]:
+        """Undo transformers' conversion of the loaded block; keep the tensors that differ from the disk."""
+        tied = self.module.all_tied_weights_keys
+        state = {f"{block}.{n}": t for n, t in self.blocks[block].state_dict().items() if f"{block}.{n}" not in tied}
+        reverted = revert_weight_conversion(self.module, state)
+        names = [n for n, (target, converts) in self._targets.items() if converts and target.startswith(f"{block}.")]
+        result = {}
+        for name in names:
+            if name not in reverted:
+                raise ModelError(f"{name}: {type(self.module).__name__} cannot give it back under its name on disk")
+            before, after = self.checkpoint.read(name), reverted[name].to("cpu")
+            if not torch.equal(before, after.to(before.dtype)):
+                result[name] = after
+        return result
+
+
+def disk_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Floating dtype that most weights of a checkpoint have on disk."""
+    counts: dict[torch.dtype, int] = {}
+    for entry in checkpoint.entries.values():
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is not None and dtype.is_floating_point:
+            counts[dtype] = counts.get(dtype, 0) + entry.numel
+    if not counts:
+        raise CheckpointError(f"{checkpoint.folder}: holds no floating-point weights")
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _skeleton(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Build the model on meta, its computed buffers real and exactly those that from_pretrained makes."""
+    if checkpoint.config.get("auto_map") and not trust_remote_code:
+        raise ModelError(
+            f"{checkpoint.name}: brings its own model code; read it, and allow it with --trust-remote-code"
+        )
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        for extra in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if getattr(config, extra, False):
+                setattr(config, extra, False)
+        with init_empty_weights(include_buffers=True):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
+        kind = checkpoint.config.get("model_type", "no model_type in config.json")
+        raise ModelError(
+            f"{checkpoint.name}: transformers cannot build this model ({kind}): {first_line(error)}"
+        ) from error
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # comes from the checkpoint
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        _set(model, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # outside the dtype context, as from_pretrained does it
+    return model.eval().requires_grad_(False)
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer in the place of another."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor  # type: ignore[assignment]
+
+
+class _without_bars:  # noqa: N801, a context manager in the manner of contextlib
+    """Keep transformers from drawing a progress bar for every block."""
+
+    def __enter__(self) -> None:
+        self.enabled: bool = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,361 @@
+"""How do bytes become tensors and back? Checkpoints of Hugging Face, read and written tensor by tensor.
+
+The output has the names, dtypes, shapes and shards of its source: each shard starts as a copy, pruned tensors are
+written over their own bytes, and a file gets its final name when all of it is on the disk.
+"""
+
+import json
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparsegpt_lite.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+REPORT = "sparsity.json"
+WORK = ".work"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Files beside the weights that belong to the model: configs, tokenizer, licence. Not README.md: it is about the base.
+COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its shard, dtype and shape, and its bytes [start, stop) from the start of the file."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """A model folder with safetensors weights, opened for reading one tensor at a time.
+
+    Attributes:
+        folder: Where it lies; a snapshot in the cache for a Hub id.
+        name: What the user called it.
+        entries: Every tensor by its name on disk.
+        config: The parsed `config.json`.
+    """
+
+    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+        """Open a local folder or download a Hub repository.
+
+        Raises:
+            CheckpointError: No such folder or repository, no safetensors in it, quantized weights, a broken file.
+        """
+        self.name = str(source)
+        self.folder = _folder(self.name, revision)
+        self.config = self._config()
+        self.shards = self._shards()
+        self.entries: dict[str, Entry] = {}
+        for shard in self.shards:
+            for key, entry in read_header(self.folder / shard).items():
+                if key in self.entries:
+                    raise CheckpointError(f"{self.folder}: tensor {key} is in {self.entries[key].shard} and in {shard}")
+                self.entries[key] = entry
+
+    def _config(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder}: no config.json; give the folder or Hub id of a transformers model")
+        config = read_json(path)
+        if method := config.get("quantization_config"):
+            kind = method.get("quant_method", "?") if isinstance(method, dict) else "?"
+            raise CheckpointError(
+                f"{path}: the weights are quantized already ({kind}); prune the unquantized model, quantize afterwards"
+            )
+        return config
+
+    def _shards(self) -> list[str]:
+        index = self.folder / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index}: no weight_map in it; the download may be incomplete")
+            shards = sorted(set(weight_map.values()))
+        elif (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        else:
+            pickles = sorted(p.name for pattern in UNSAFE for p in self.folder.glob(pattern))
+            found = f"only {pickles[0]}, which runs code when opened" if pickles else "none"
+            raise CheckpointError(
+                f"{self.folder}: needs {SINGLE} or {INDEX}, found {found}; convert the model with "
+                f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            )
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: names the shard {shard!r}, which is no file of this folder")
+            if not (self.folder / shard).is_file():
+                raise CheckpointError(f"{index}: names {shard}, which is missing; the download may be incomplete")
+        return shards
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards in bytes."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+    def companions(self) -> list[Path]:
+        """Files that come along unchanged: configs, tokenizer, licence."""
+        found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(path for path in found if path.name not in (INDEX, REPORT))
+
+    @contextmanager
+    def slices(self, names: Sequence[str], folder: Path | None = None) -> Iterator[dict[str, Any]]:
+        """Open the named tensors lazily, from `folder` instead of the source where given.
+
+        Each call opens the shards anew: what a handle has once mapped shows later writes to that memory.
+        """
+        with ExitStack() as stack:
+            shards = {self.entries[name].shard for name in names}
+            files = {s: stack.enter_context(safe_open((folder or self.folder) / s, framework="pt")) for s in shards}
+            yield {name: files[self.entries[name].shard].get_slice(name) for name in names}
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, in the shape and dtype of the disk."""
+        with self.slices([name]) as slices:
+            tensor: Tensor = slices[name][...]
+        return tensor
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    """Folder of a local model, or of a snapshot of a Hub repository in the cache."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise CheckpointError(f"{source}: no such folder, and no Hub id of the form organisation/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *COMPANIONS]))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{source}: a gated model; ask for access at its page on the Hub, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: no such folder here, and no such model on the Hub (private models need `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{source}: no such folder here, and the Hub answered: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for our one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        CheckpointError: Not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)}); the file is damaged") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a JSON object belongs")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read where the tensors of a safetensors file lie, and check that the file is whole.
+
+    Raises:
+        CheckpointError: The header is damaged, or the file shorter or longer than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER
+        if length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{path}: cut off in the header or no safetensors file; fetch it again")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        base = 8 + length
+        entries = {
+            name: Entry(path.name, e["dtype"], tuple(e["shape"]), base + e["data_offsets"][0], base + e["data_offsets"][1])
+            for name, e in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: the header is damaged ({first_line(error)}); fetch the file again") from error
+    end = max((entry.stop for entry in entries.values()), default=base)
+    if end != size:
+        raise CheckpointError(f"{path}: {size:,} bytes, but its header needs {end:,}; fetch it again")
+    for name, entry in entries.items():
+        if entry.dtype in DTYPES and entry.stop - entry.start != entry.numel * DTYPES[entry.dtype].itemsize:
+            raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape; fetch it again")
+    return entries
+
+
+class Writer:
+    """Writes a checkpoint of the layout of `source` into `target`, block by block.
+
+    Everything grows in `target/.work`; `finish` gives the files their names, config.json last. The journal there has
+    a line with a checksum for each block that is safely on the disk, after a first line that says whose run it is.
+    """
+
+    def __init__(self, source: Checkpoint, target: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Claim the output folder and copy the shards of the source there.
+
+        Args:
+            source: What is pruned.
+            target: Output folder: absent, empty, or with `overwrite` one that an earlier run of ours made.
+            run: What identifies the run; the first line of the journal.
+            overwrite: Replace an earlier output of ours.
+
+        Raises:
+            CheckpointError: The folder holds something else, cannot be written, or the disk is too full.
+        """
+        self.source, self.target, self.work = source, target, target / WORK
+        check_target(source, target, overwrite)
+        try:
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
+            self.journal = Journal(self.work / "journal")
+            self.journal.append({"run": run})
+            for shard in source.shards:
+                shutil.copyfile(source.folder / shard, self.work / shard)
+                self.journal.append({"copied": shard})
+        except OSError as error:
+            raise CheckpointError(f"{target}: cannot be written: {first_line(error)}") from error
+
+    def write(self, block: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Put the pruned tensors of a block in their places and note in the journal that the block is done.
+
+        Args:
+            block: Its name.
+            tensors: On-disk name -> tensor of the on-disk shape; cast to the on-disk dtype.
+            record: What the report needs to know of the block.
+        """
+        sums = {}
+        files: dict[str, list[str]] = {}
+        for name in sorted(tensors):
+            files.setdefault(self.source.entries[name].shard, []).append(name)
+        try:
+            for shard, names in files.items():
+                with (self.work / shard).open("r+b") as file:
+                    for name in names:
+                        data = self._bytes(name, tensors[name])
+                        file.seek(self.source.entries[name].start)
+                        file.write(data)
+                        sums[name] = f"{zlib.crc32(data):08x}"
+                    file.flush()
+                    os.fsync(file.fileno())
+            self.journal.append({"block": block, "crc32": sums, "record": record})
+        except OSError as error:
+            raise CheckpointError(f"{self.work}: cannot be written: {first_line(error)}") from error
+
+    def _bytes(self, name: str, tensor: Tensor) -> memoryview:
+        entry = self.source.entries[name]
+        if tuple(tensor.shape) != entry.shape:
+            raise CheckpointError(f"{name}: {list(entry.shape)} on disk, but {list(tensor.shape)} would be written")
+        data = tensor.detach().to("cpu", DTYPES[entry.dtype]).contiguous()
+        return memoryview(data.reshape(-1).view(torch.uint8).numpy())
+
+    def finish(self, files: Mapping[str, str]) -> None:
+        """Give everything its final name: shards, tokenizer and configs, `files` (name -> text), config.json last."""
+        try:
+            companions = {path.name for path in self.source.companions()} - set(files)
+            for name in companions:
+                shutil.copyfile(self.source.folder / name, self.work / name)
+            if (index := self.source.folder / INDEX).is_file():
+                shutil.copyfile(index, self.work / INDEX)
+                companions.add(INDEX)
+            for name, text in files.items():
+                (self.work / name).write_text(text, encoding="utf-8")
+            self.journal.append({"complete": True})
+            others = companions | set(files)
+            for name in [*self.source.shards, *sorted(others - {"config.json"}), "config.json"]:
+                (self.work / name).replace(self.target / name)
+            shutil.rmtree(self.work)
+        except OSError as error:
+            raise CheckpointError(f"{self.target}: cannot be written: {first_line(error)}") from error
+
+
+def check_target(source: Checkpoint, target: Path, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done.
+
+    Raises:
+        CheckpointError: It is the source or something that we did not make, or the disk has too little room.
+    """
+    if target.resolve() == source.folder:
+        raise CheckpointError(f"{target}: is the model itself; choose another --out")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; choose another --out")
+    if target.is_dir() and any(target.iterdir()):
+        ours = (target / REPORT).is_file() or (target / WORK / "journal").is_file()
+        if not ours:
+            raise CheckpointError(f"{target}: exists and is not an output of ours; choose another --out")
+        if not overwrite:
+            raise CheckpointError(f"{target}: holds an earlier run; choose another --out or add --overwrite")
+    parent = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{parent}: no permission to write; choose another --out")
+    free = shutil.disk_usage(parent).free
+    if free < source.nbytes * 1.01:
+        raise CheckpointError(
+            f"{target}: {source.nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk"
+        )
+
+
+class Journal:
+    """An append-only file of JSON lines, each behind its checksum, each on the disk before the next step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line and wait until it is on the disk."""
+        body = json.dumps(record, sort_keys=True).encode()
+        with self.path.open("ab") as file:
+            file.write(b"%08x %b\n" % (zlib.crc32(body), body))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every whole line, up to the first that is torn or damaged."""
+        records = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            checksum, _, body = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
+                break
+            records.append(json.loads(body))
+        return records

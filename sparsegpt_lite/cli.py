@@ -1,0 +1,182 @@
+"""How is it typed? Commands, their output, and exit codes: 0, 1 for an error of ours in one line, 2 for usage.
+
+Results go to stdout, progress and errors to stderr. torch and transformers load only when a command needs them.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sparsegpt_lite.config import EvalConfig, MaybeStr, PruneConfig
+from sparsegpt_lite.errors import SparseGPTError
+
+PROGRAM = "sparsegpt-lite"
+USAGE = """\
+usage: sparsegpt-lite MODEL [--sparsity 0.5|2:4|4:8] [--out DIR] [options]
+
+Prune a Hugging Face decoder-only model in one shot, one block in memory at a time.
+
+commands:
+  MODEL, or prune MODEL   prune a Hub id or a folder with safetensors weights
+  eval MODEL              perplexity on held-out text, by the papers' protocol
+  inspect MODEL           zeros and pattern of every matrix; no model code is loaded
+  demo                    prune and evaluate the built-in model with every method; no network
+
+examples:
+  sparsegpt-lite meta-llama/Llama-3.1-8B --sparsity 0.5 --eval wikitext2
+  sparsegpt-lite ./my-model --sparsity 2:4 --text corpus.txt --out ./my-model-2of4
+  sparsegpt-lite eval ./my-model-2of4 --baseline ./my-model --dataset heldout.txt
+
+`sparsegpt-lite COMMAND --help` lists the options of a command. `python -m sparsegpt_lite` is the same program.
+"""
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Quiet = Annotated[bool, tyro.conf.arg(aliases=["-q"])]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Prune a model: calibrate, solve and write one block after the other."""
+
+    model: Model
+    """Hub id or folder."""
+    config: tyro.conf.OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Output folder; MODEL-METHOD-SPARSITY in the current folder by default."""
+    overwrite: bool = False
+    """Replace an earlier output in that folder."""
+    eval: MaybeStr = None
+    """Evaluate before and after on wikitext2, c4, another data set, or a text file."""
+    json: bool = False
+    """Print the report as JSON."""
+    quiet: Quiet = False
+    """No progress; print the output folder only."""
+
+    def run(self) -> None:
+        """Prune, evaluate if asked to, and print the report."""
+        from sparsegpt_lite.checkpoint import REPORT
+        from sparsegpt_lite.pipeline import prune
+
+        out = self.out or Path(f"{Path(self.model).name}-{self.config.method}-{self.config.sparsity.replace(':', 'of')}")
+        dense = self._perplexity(self.model) if self.eval else None
+        report = prune(self.model, out, self.config, overwrite=self.overwrite, progress=not self.quiet)
+        if dense is not None:
+            report.perplexity = [dense, self._perplexity(str(out))]
+            (out / REPORT).write_text(report.to_json(), encoding="utf-8")
+        print(report.to_json() if self.json else out if self.quiet else report.table())
+
+    def _perplexity(self, model: str) -> dict[str, object]:
+        from sparsegpt_lite.eval.perplexity import EvalConfig, perplexity
+
+        assert self.eval is not None
+        config = EvalConfig(
+            dataset=self.eval,
+            seqlen=self.config.seqlen,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            revision=self.config.revision if model == self.model else None,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return perplexity(model, config, progress=not self.quiet).to_dict()
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure perplexity: windows of seqlen that do not overlap, each predicting seqlen - 1 tokens."""
+
+    model: Model
+    """Hub id or folder."""
+    config: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
+    baseline: MaybeStr = None
+    """Evaluate this model on the same windows too and compare."""
+    json: bool = False
+    """Print JSON."""
+    quiet: Quiet = False
+    """No progress; print the perplexity only."""
+
+    def run(self) -> None:
+        """Print the perplexity, and that of the baseline."""
+        from sparsegpt_lite.eval.perplexity import comparison, perplexity
+
+        models = [self.baseline, self.model] if self.baseline else [self.model]
+        results = [perplexity(model, self.config, progress=not self.quiet) for model in models]
+        if self.json:
+            print(json.dumps([r.to_dict() for r in results] if self.baseline else results[0].to_dict(), indent=1))
+        elif self.quiet:
+            print("\n".join(f"{r.perplexity:.6g}" for r in results))
+        else:
+            print(comparison(results))
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Count zeros and find the pattern of every matrix of a checkpoint, from its bytes alone."""
+
+    model: Model
+    """Hub id or folder."""
+    revision: MaybeStr = None
+    """Branch, tag or commit on the Hub."""
+    all: bool = False
+    """A line for every matrix, not one for each kind."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        """Print what was found."""
+        from sparsegpt_lite.checkpoint import Checkpoint
+        from sparsegpt_lite.inspection import inspect, table
+
+        found = inspect(Checkpoint(self.model, self.revision))
+        print(json.dumps(found, indent=1) if self.json else table(found, every=self.all))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Prune the built-in model at 50 % and 2:4 with every method and compare perplexities; no network."""
+
+    json: bool = False
+    """Print JSON."""
+    quiet: Quiet = False
+    """No progress."""
+
+    def run(self) -> None:
+        """Print the comparison."""
+        from sparsegpt_lite.demo import run_demo, table
+
+        result = run_demo(progress=not self.quiet)
+        print(json.dumps(result, indent=1) if self.json else table(result))
+
+
+COMMANDS: dict[str, type[Prune] | type[Eval] | type[Inspect] | type[Demo]] = {
+    "prune": Prune,
+    "eval": Eval,
+    "inspect": Inspect,
+    "demo": Demo,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("prune", argv)
+    try:
+        command = tyro.cli(COMMANDS[name], args=rest, prog=f"{PROGRAM} {name}", config=(tyro.conf.FlagCreatePairsOff,))
+        command.run()
+    except SparseGPTError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; nothing was written under the output's final name", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

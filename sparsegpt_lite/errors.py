@@ -1,0 +1,25 @@
+"""What can go wrong, by name. Every message says where, what was found and what to do."""
+
+
+class SparseGPTError(Exception):
+    """Base of all errors of this package; the command line prints it as one line and exits with 1."""
+
+
+class ConfigError(SparseGPTError):
+    """An option that cannot be met: an unknown pattern, a level outside [0, 1), an unknown method."""
+
+
+class CheckpointError(SparseGPTError):
+    """A model folder that cannot be read, or an output folder that cannot be written."""
+
+
+class ModelError(SparseGPTError):
+    """A model whose blocks cannot be found or driven."""
+
+
+class CalibrationError(SparseGPTError):
+    """Text that cannot be loaded, is too short, or leads to activations that are not finite."""
+
+
+class SolverError(SparseGPTError):
+    """A layer that cannot be solved: weights or moments that are not finite, or a singular Hessian."""

@@ -1,0 +1,112 @@
+"""What did this layer see? Mean of x xᵀ over the calibration tokens, one for all layers that share an input."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegpt_lite.errors import CalibrationError, ModelError
+
+Slot = tuple[str, int]  # the layer that saw an input first within a block call, and for which time it was called
+
+
+@dataclass
+class Moments:
+    """Sum of x xᵀ over `tokens` inputs x: fp32 [d_in, d_in]."""
+
+    sum: Tensor
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs [..., d_in] of any floating dtype."""
+        X = x.reshape(-1, x.shape[-1]).float()  # [tokens, d_in]
+        self.sum.addmm_(X.T, X)
+        self.tokens += len(X)
+
+
+@dataclass
+class Observer:
+    """Watches the inputs of layers while it is in context; `start_call` goes before each call of their block.
+
+    Layers that are given the very same tensor, as q, k and v are, share one sum. A layer that is called twice within
+    a block call has the sum of both.
+    """
+
+    layers: Mapping[str, tuple[nn.Module, int]]  # name -> module, d_in
+    _moments: dict[Slot, Moments] = field(default_factory=dict)
+    _slots: dict[str, list[Slot]] = field(default_factory=dict)
+    _call: list[tuple[Tensor, Slot]] = field(default_factory=list)
+    _seen: dict[str, list[Slot]] = field(default_factory=dict)
+
+    def __enter__(self) -> "Observer":
+        self._hooks = [
+            module.register_forward_pre_hook(self._hook(name, d_in), with_kwargs=True)
+            for name, (module, d_in) in self.layers.items()
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if error is None:
+            self._end_call()
+        self._call.clear()
+
+    def start_call(self) -> None:
+        """Forget the tensors of the previous block call; every call must show the same sharing."""
+        self._end_call()
+        self._call, self._seen = [], {}
+
+    def _end_call(self) -> None:
+        if not self._seen:
+            return
+        if self._slots and self._slots != self._seen:
+            changed = sorted(n for n in self._slots.keys() | self._seen if self._slots.get(n) != self._seen.get(n))
+            raise ModelError(f"{changed[0]}: used differently in two batches; leave it dense with --skip")
+        self._slots = self._seen
+
+    def _hook(self, name: str, d_in: int) -> Any:
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not isinstance(x, Tensor) or x.shape[-1] != d_in:
+                return
+            slots = self._seen.setdefault(name, [])
+            slot = next((slot for seen, slot in self._call if seen is x), None)
+            if slot is None:
+                slot = (name, len(slots))
+                self._call.append((x, slot))
+                if slot not in self._moments:
+                    self._moments[slot] = Moments(torch.zeros(d_in, d_in, device=x.device))
+                self._moments[slot].add(x)
+            slots.append(slot)
+
+        return observe
+
+    def groups(self) -> dict[tuple[Slot, ...], list[str]]:
+        """Layers that were called, those that share their inputs together."""
+        groups: dict[tuple[Slot, ...], list[str]] = {}
+        for name in self.layers:
+            if name in self._slots:
+                groups.setdefault(tuple(self._slots[name]), []).append(name)
+        return groups
+
+    def hessian(self, group: tuple[Slot, ...]) -> tuple[Tensor, int]:
+        """Mean of x xᵀ of a group, fp32 [d_in, d_in], and the number of tokens behind it.
+
+        Raises:
+            CalibrationError: The inputs held NaN or infinity.
+        """
+        parts = [self._moments[slot] for slot in group]
+        tokens = sum(part.tokens for part in parts)
+        total = parts[0].sum if len(parts) == 1 else torch.stack([part.sum for part in parts]).sum(0)
+        H = total / tokens
+        if not bool(H.isfinite().all()):
+            raise CalibrationError(
+                f"{group[0][0]}: its inputs hold NaN or infinity; try --dtype float32, or look at the model's weights"
+            )
+        return H, tokens

@@ -1,0 +1,305 @@
+"""In what order? Blocks from the checkpoint, one at a time: observe, solve, write, and feed the next one."""
+
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from sparsegpt_lite import memory
+from sparsegpt_lite.activations import BlockCall, SuspendedForwards
+from sparsegpt_lite.blocks import BlockModel, LoadedModel, Matrix, StreamedModel, matrices
+from sparsegpt_lite.calibration import Windows, default_seqlen, draw, load_tokenizer, open_text
+from sparsegpt_lite.checkpoint import REPORT, Checkpoint, Writer, check_target
+from sparsegpt_lite.config import PruneConfig
+from sparsegpt_lite.errors import CalibrationError, ConfigError, ModelError, SparseGPTError
+from sparsegpt_lite.hessian import Observer
+from sparsegpt_lite.methods import prune_layer
+from sparsegpt_lite.report import MatrixReport, PruneReport
+from sparsegpt_lite.solver import reconstruction_error
+from sparsegpt_lite.sparsity import parse
+
+
+def prune(
+    source: str | Path,
+    target: str | Path,
+    config: PruneConfig | None = None,
+    *,
+    calibration: Windows | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> PruneReport:
+    """Prune a checkpoint into another, holding one decoder block in memory at a time.
+
+    Args:
+        source: Folder or Hub id of a decoder-only model of transformers, with safetensors weights.
+        target: Output folder, absent or empty; it gets its files when all of them are complete.
+        config: What to do.
+        calibration: Windows to calibrate on in place of `config.dataset` and `config.text`.
+        overwrite: Replace an earlier output of ours.
+        progress: Draw a bar on stderr.
+
+    Returns:
+        The report, which is `sparsity.json` in the target too.
+
+    Raises:
+        SparseGPTError: One of its kinds, with a message of one line.
+
+    Example:
+        >>> report = prune("meta-llama/Llama-3.1-8B", "llama-2of4", PruneConfig(sparsity="2:4"))
+    """
+    config, target = config or PruneConfig(), Path(target).expanduser()
+    device = pick_device(config.device)
+    with memory.PeakMemory(device) as peak:
+        started = time.monotonic()
+        checkpoint = Checkpoint(source, config.revision)
+        check_target(checkpoint, target, overwrite)
+        model = StreamedModel(checkpoint, device, pick_dtype(config.dtype), config.trust_remote_code)
+        check_shapes(model, config)
+        calibration = calibration or calibrate(checkpoint, model.module.config, config)
+        report = new_report(model, str(source), calibration, config)
+        report.target = str(target)
+        writer = Writer(checkpoint, target, {"source": str(source), "config": report.config}, overwrite)
+
+        def write(block: str, rows: list[MatrixReport]) -> None:
+            writer.write(block, model.on_disk(block, {row.name for row in rows}), {"matrices": [*map(asdict, rows)]})
+
+        model.load_outer(head=False)
+        prune_blocks(model, calibration.tokens, config, report, write, progress)
+        report.seconds = time.monotonic() - started
+    report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
+    for row in report.matrices:
+        row.name = model.disk_name(row.name)
+    report.dense = {model.disk_name(name): reason for name, reason in report.dense.items()}
+    writer.finish({REPORT: report.to_json()})
+    return report
+
+
+def prune_model(
+    model: PreTrainedModel, tokens: Tensor, config: PruneConfig | None = None, *, progress: bool = False
+) -> PruneReport:
+    """Prune a model that is in memory, in place.
+
+    Args:
+        model: A decoder-only model of transformers.
+        tokens: Calibration windows, int64 [nsamples, seqlen].
+        config: What to do; its fields about text, device and dtype are not used.
+        progress: Draw a bar on stderr.
+
+    Returns:
+        The report.
+    """
+    config, loaded = config or PruneConfig(), LoadedModel(model)
+    calibration = Windows(tokens, "given tokens", "-", "as given")
+    check_shapes(loaded, config)
+    training, started = model.training, time.monotonic()
+    model.eval()
+    with memory.PeakMemory(loaded.device) as peak:
+        report = new_report(loaded, model.name_or_path or type(model).__name__, calibration, config)
+        prune_blocks(loaded, tokens, config, report, lambda block, rows: None, progress)
+    model.train(training)
+    report.seconds = time.monotonic() - started
+    report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
+    return report
+
+
+def prune_blocks(
+    model: BlockModel,
+    tokens: Tensor,
+    config: PruneConfig,
+    report: PruneReport,
+    write: Callable[[str, list[MatrixReport]], None],
+    progress: bool,
+) -> None:
+    """The loop: every block sees what the pruned blocks before it give, is solved from that, written, and passed on.
+
+    Args:
+        model: Blocks that can be loaded and dropped.
+        tokens: int64 [nsamples, seqlen].
+        config: What to do.
+        report: Gets a row for each matrix.
+        write: Called with a block and its rows while the pruned block is still loaded.
+        progress: Draw a bar on stderr.
+    """
+    forwards = [partial(calibration_forward, model, batch) for batch in tokens.split(config.batch_size)]
+    with (
+        SuspendedForwards(model.blocks, forwards) as suspended,
+        tqdm(total=len(model.blocks), desc="pruning", unit="block", disable=not progress, file=sys.stderr) as bar,
+    ):
+        while (block := suspended.block) is not None:
+            model.load(block)
+            rows = prune_block(block, model.blocks[block], suspended.calls, config, report)
+            write(block, rows)
+            suspended.advance()
+            model.drop(block)
+            memory.give_back()
+            bar.update()
+    if not report.matrices:
+        raise ModelError(f"{report.source}: no matrix was pruned; {len(report.dense)} were left dense")
+
+
+def prune_block(
+    name: str, block: nn.Module, calls: list[BlockCall], config: PruneConfig, report: PruneReport
+) -> list[MatrixReport]:
+    """Prune a loaded block: the Hessians come from its dense self, all matrices are then replaced."""
+    found, dense = matrices(name, block, config.skip)
+    for matrix in found:
+        if not bool(matrix.module.weight.isfinite().all()):  # type: ignore[union-attr, operator]
+            raise ModelError(f"{matrix.name}: the weights hold NaN or infinity; the checkpoint is damaged")
+    with Observer({matrix.name: (matrix.module, matrix.d_in) for matrix in found}) as observer:
+        for call in calls:
+            observer.start_call()
+            call.run()
+    groups, by_name = observer.groups(), {matrix.name: matrix for matrix in found}
+    rows = []
+    for group, members in groups.items():
+        H, tokens = observer.hessian(group)
+        rows += [prune_matrix(by_name[member], name, H, tokens, config) for member in members]
+    seen = {row.name for row in rows}
+    dense |= {matrix.name: "not used on text" for matrix in found if matrix.name not in seen}
+    report.matrices += rows
+    report.dense |= dense
+    return rows
+
+
+def prune_matrix(matrix: Matrix, block: str, H: Tensor, tokens: int, config: PruneConfig) -> MatrixReport:
+    """Solve one matrix and put the result in its place; the error is that of the weights in the model's dtype."""
+    started = time.monotonic()
+    W = matrix.read().float()
+    try:
+        solution = prune_layer(W, H, config.sparsity, config.method, config.damping, config.block_size)
+    except SparseGPTError as error:
+        raise type(error)(f"{matrix.name}: {error}") from error
+    matrix.replace(solution.W)
+    W_hat = matrix.read().float()
+    error, energy = reconstruction_error(W, W_hat, H), reconstruction_error(W, torch.zeros_like(W), H)
+    return MatrixReport(
+        name=matrix.name,
+        block=block,
+        shape=(matrix.d_out, matrix.d_in),
+        pattern=str(parse(config.sparsity)),
+        zeros=int((W_hat == 0).sum()),
+        error=error,
+        relative_error=error / energy if energy > 0 else 0.0,
+        tokens=tokens,
+        damping=solution.damping,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _BeforeHead(Exception):
+    """Ends a calibration forward where only the output layer is left to run."""
+
+
+def calibration_forward(model: BlockModel, batch: Tensor) -> None:
+    """Run the model up to its output layer, which calibration does not need and the skeleton has not loaded."""
+
+    def stop(*_: Any) -> None:
+        raise _BeforeHead
+
+    head = model.module.get_output_embeddings()
+    hook = head.register_forward_pre_hook(stop) if head is not None else None
+    try:
+        model.module(input_ids=batch.to(model.device), use_cache=False)
+    except _BeforeHead:
+        pass
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def check_shapes(model: BlockModel, config: PruneConfig) -> None:
+    """Refuse a pattern that some matrix cannot have, before anything is read.
+
+    Raises:
+        ConfigError: Naming the first such matrix.
+    """
+    pattern = parse(config.sparsity)
+    found = [m for name, block in model.blocks.items() for m in matrices(name, block, config.skip)[0]]
+    misfits = [(m, reason) for m in found if (reason := pattern.misfit(m.d_in))]
+    if misfits:
+        matrix, reason = misfits[0]
+        raise ConfigError(
+            f"pattern {pattern} does not fit {len(misfits)} of {len(found)} matrices, {matrix.name} first ({reason}); "
+            f"leave them dense with --skip, or choose another pattern"
+        )
+
+
+def calibrate(checkpoint: Checkpoint, model_config: Any, config: PruneConfig) -> Windows:
+    """Draw the calibration windows that a config asks for.
+
+    Raises:
+        CalibrationError: Too little text, or tokens that the model does not know.
+    """
+    tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
+    seqlen = config.seqlen or default_seqlen(model_config)
+    text = open_text(config.text or config.dataset, "train", config.text_column, config.seed)
+    windows = draw(text, tokenizer, config.nsamples, seqlen, config.seed)
+    check_vocabulary(windows, model_config)
+    return windows
+
+
+def check_vocabulary(windows: Windows, model_config: Any) -> None:
+    """Refuse tokens outside the model's vocabulary.
+
+    Raises:
+        CalibrationError: The tokenizer belongs to another model.
+    """
+    size, largest = model_config.get_text_config().vocab_size, int(windows.tokens.max())
+    if largest >= size:
+        raise CalibrationError(
+            f"{windows.dataset}: token {largest} is outside the model's vocabulary of {size}; "
+            f"the tokenizer belongs to another model"
+        )
+
+
+def new_report(model: BlockModel, source: str, calibration: Windows, config: PruneConfig) -> PruneReport:
+    """A report with everything that is known before the first block."""
+    weight_device = model.device
+    name = torch.cuda.get_device_name(weight_device) if weight_device.type == "cuda" else "cpu"
+    return PruneReport(
+        source=source,
+        command=shlex.join(["python", "-m", "sparsegpt_lite", *sys.argv[1:]]) if _is_ours(sys.argv[0]) else "API call",
+        config=asdict(config),
+        calibration=calibration.describe(),
+        device=name,
+        dtype=str(model.module.dtype).removeprefix("torch."),
+        parameters=model.module.num_parameters(),
+    )
+
+
+def _is_ours(program: str) -> bool:
+    return bool(re.search(r"sparsegpt[-_]lite([\\/]__main__\.py|\.exe)?$", program))
+
+
+def pick_device(name: str) -> torch.device:
+    """Device of a `--device` option.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: unknown; choose cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """Dtype of a `--dtype` option; None for auto."""
+    return None if name == "auto" else getattr(torch, name)

@@ -1,0 +1,133 @@
+"""How well did it go? Per matrix and in all, as JSON and as a table for a person."""
+
+import json
+import platform
+import re
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from sparsegpt_lite.sparsity import parse
+
+FORMAT = 1
+PACKAGES = ("sparsegpt_lite", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+@dataclass
+class MatrixReport:
+    """One pruned matrix.
+
+    `error` is the mean squared error of the layer's output per token on the calibration inputs, summed over outputs,
+    with the weights as written; `relative_error` is its ratio to the energy of the dense output. `damping` is the
+    fraction of the mean diagonal that the solver added to the Hessian, null where the method has none.
+    """
+
+    name: str
+    block: str
+    shape: tuple[int, int]
+    pattern: str
+    zeros: int
+    error: float
+    relative_error: float
+    tokens: int
+    damping: float | None
+    seconds: float
+
+
+@dataclass
+class PruneReport:
+    """What a run did; `sparsity.json` beside the pruned weights."""
+
+    source: str
+    command: str
+    config: dict[str, Any]
+    calibration: dict[str, Any]
+    device: str
+    dtype: str
+    parameters: int
+    target: str | None = None
+    matrices: list[MatrixReport] = field(default_factory=list)
+    dense: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_host_bytes: int = 0
+    peak_device_bytes: int | None = None
+    perplexity: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+    format: int = FORMAT
+
+    @property
+    def pruned(self) -> int:
+        """Weights in pruned matrices."""
+        return sum(m.shape[0] * m.shape[1] for m in self.matrices)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in pruned matrices."""
+        return sum(m.zeros for m in self.matrices)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        totals = {
+            "pruned_weights": self.pruned,
+            "zeros": self.zeros,
+            "sparsity_of_pruned": self.zeros / self.pruned if self.pruned else 0.0,
+            "sparsity_of_model": self.zeros / self.parameters,
+        }
+        return json.dumps({**asdict(self), "totals": totals}, indent=1, ensure_ascii=False) + "\n"
+
+    def table(self) -> str:
+        """A table with a line for each kind of matrix, and what the whole run came to."""
+        kinds: dict[tuple[str, tuple[int, int]], list[MatrixReport]] = {}
+        for matrix in self.matrices:
+            kind = re.sub(r"\.\d+\.", ".*.", matrix.name.removesuffix(".weight"))
+            kinds.setdefault((kind, matrix.shape), []).append(matrix)
+        rows = [("matrix", "count", "shape", "zeros", "error / energy: mean", "worst", "in")]
+        for (kind, shape), group in kinds.items():
+            worst = max(group, key=lambda m: m.relative_error)
+            zeros = sum(m.zeros for m in group) / (shape[0] * shape[1] * len(group))
+            mean = sum(m.relative_error for m in group) / len(group)
+            rows.append((kind, str(len(group)), f"{shape[0]} x {shape[1]}", f"{zeros:.2%}", f"{mean:.4f}",
+                         f"{worst.relative_error:.4f}", worst.block))  # fmt: skip
+        raised = [m for m in self.matrices if m.damping is not None and m.damping > self.config["damping"]]
+        lines = [aligned(rows, left=(0, 6)), "", f"{parse(self.config['sparsity']).sentence}."]
+        lines.append(
+            f"{len(self.matrices)} matrices pruned with {self.config['method']}: {self.zeros:,} of {self.pruned:,} "
+            f"weights are zero ({self.zeros / max(1, self.pruned):.2%}), {self.zeros / self.parameters:.2%} of the model."
+        )
+        text = self.calibration
+        lines.append(f"Calibrated on {text['windows']} windows of {text['seqlen']} tokens from {text['dataset']} "
+                     f"({text['split']}, digest {text['digest'][:12]}).")  # fmt: skip
+        if raised:
+            lines.append(f"Damping raised for {len(raised)} matrices, {raised[0].name} first ({raised[0].damping:g}).")
+        if self.dense:
+            name, reason = next(iter(self.dense.items()))
+            lines.append(f"Left dense: {len(self.dense)} other weights of the blocks, {name} first ({reason}).")
+        memory = f"{self.peak_host_bytes / 2**20:,.0f} MiB of memory"
+        if self.peak_device_bytes is not None:
+            memory += f", {self.peak_device_bytes / 2**20:,.0f} MiB on {self.device}"
+        lines.append(f"{self.seconds:.1f} s, peak {memory}.")
+        lines += [f"Perplexity on {p['dataset']}: {p['model']} {p['perplexity']:.4f}." for p in self.perplexity]
+        if self.target:
+            lines.append(f"Written to {self.target}")
+        return "\n".join(lines)
+
+
+def aligned(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
+    """Lay rows out in columns, numbers to the right, a rule under the first row."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])])
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,136 @@
+"""Given W and H, which weights go and what do the rest become? (SparseGPT, arXiv 2301.00774)
+
+W  [d_out, d_in]  weights of one layer
+H  [d_in, d_in]   mean of x xᵀ over the calibration tokens; the scale does not matter
+U  [d_in, d_in]   upper Cholesky factor of the damped inverse, H⁻¹ = Uᵀ U
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsegpt_lite import masks
+from sparsegpt_lite.errors import SolverError
+from sparsegpt_lite.sparsity import NofM, Sparsity
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned layer: `W` fp32 [d_out, d_in] with +0.0 where `mask` (bool, True = pruned) says so.
+
+    `damping` is the fraction of the mean diagonal that was added to H, or None where H was not inverted.
+    """
+
+    W: Tensor
+    mask: Tensor
+    damping: float | None = None
+
+
+def reconstruction_error(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+    """Mean squared error of the layer's output per token: tr((W - Ŵ) H (W - Ŵ)ᵀ), eq. 1 with H = mean x xᵀ."""
+    D = W - W_hat
+    return float(((D @ H) * D).sum())
+
+
+def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Factor the inverse of the damped Hessian, H⁻¹ = Uᵀ U with U upper triangular (section 3.3).
+
+    Row j of U, over its diagonal element, is what all later columns owe to column j when it is changed. An input
+    that was always zero gets a diagonal of one first, so that it is alone.
+
+    Args:
+        H: [d_in, d_in], symmetric, fp32 or fp64.
+        damping: Fraction of the mean diagonal to add. Where H is not positive definite then, ten times and at last
+            a hundred times as much (of 0.01 at least) is tried.
+
+    Returns:
+        U and the damping that was used.
+
+    Raises:
+        SolverError: Not positive definite at the largest damping either.
+    """
+    diagonal = H.diagonal()
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
+    for used in (damping, 10 * max(damping, 0.01), 100 * max(damping, 0.01)):
+        damped = H.clone()
+        damped.diagonal().copy_(diagonal + used * diagonal.mean())
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            continue
+        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        if not int(failed):
+            return U, used
+    raise SolverError(
+        f"the Hessian of {H.shape[0]} inputs is not positive definite (column {int(failed) - 1}) even with a damping "
+        f"of {used:g}: give more calibration text, or a larger --damping"
+    )
+
+
+def sparsegpt(W: Tensor, H: Tensor, sparsity: Sparsity, damping: float, block_size: int) -> Solution:
+    """Prune one layer column by column and repair the columns to the right (algorithm 1).
+
+    Masks are chosen for `block_size` columns at a time by w² / U_jj² (eq. 5), or for one N:M group when its first
+    column is reached. Unlike the official code, an unstructured matrix has exactly `sparsity.zeros` zeros: each
+    block of columns prunes up to what is due so far. Weights of inputs that were always zero go first, all of them
+    as far as the exact number allows; N:M zeroes them besides.
+
+    Args:
+        W: fp32 [d_out, d_in]; not changed.
+        H: fp32 [d_in, d_in]; not changed.
+        sparsity: Pattern.
+        damping: Fraction of the mean diagonal of H to add to it.
+        block_size: Columns per block, lowered to a multiple of M so that no group straddles two blocks.
+
+    Raises:
+        SolverError: H cannot be inverted.
+    """
+    d_out, d_in = W.shape
+    U, used = inverse_factor(H, damping)
+    dead = H.diagonal() == 0  # [d_in]
+    step = max(sparsity.m, block_size // sparsity.m * sparsity.m) if isinstance(sparsity, NofM) else block_size
+    W = W.T.clone(memory_format=torch.contiguous_format)  # [d_in, d_out], so that a column is a row in memory
+    if isinstance(sparsity, NofM):
+        W[dead] = 0
+    mask = torch.zeros_like(W, dtype=torch.bool)  # [d_in, d_out]
+    pruned = 0
+    for start in range(0, d_in, step):
+        end = min(start + step, d_in)
+        if not isinstance(sparsity, NofM):
+            due = max(sparsity.zeros(d_out, end) - pruned, int(dead[start:end].sum()) * d_out)
+            due = min(due, sparsity.zeros(d_out, d_in) - pruned, (end - start) * d_out)
+            mask[start:end] = _choose(W[start:end], U.diagonal()[start:end], dead[start:end], due)
+            pruned += due
+        errors = _sweep(W[start:end], U[start:end, start:end], mask[start:end], sparsity)  # [b, d_out]
+        W[end:] -= U[start:end, end:].T @ errors
+    mask = mask.T.contiguous()
+    return Solution(torch.where(mask, 0.0, W.T), mask, used)
+
+
+def _choose(W: Tensor, diagonal: Tensor, dead: Tensor, k: int) -> Tensor:
+    """Mark the k weights of one block of columns that cost least, those of dead inputs first. [b, d_out] -> bool."""
+    scores = W.square() / diagonal.square()[:, None]
+    scores[dead] = -1.0
+    return masks.smallest(scores.reshape(1, -1), k).view_as(scores)
+
+
+def _sweep(W: Tensor, U: Tensor, mask: Tensor, sparsity: Sparsity) -> Tensor:
+    """Prune the columns of one block in turn, each repaired by those after it (algorithm 1, inner loop).
+
+    Args:
+        W: [b, d_out], one column of the layer per row; changed in place.
+        U: [b, b].
+        mask: bool [b, d_out]; filled in place for N:M, group by group.
+
+    Returns:
+        Errors (w - ŵ) / U_jj that the columns after this block must make up for: [b, d_out].
+    """
+    errors = torch.empty_like(W)
+    for j in range(len(W)):
+        if isinstance(sparsity, NofM) and j % sparsity.m == 0:
+            group = slice(j, j + sparsity.m)
+            scores = W[group].square() / U.diagonal()[group, None].square()
+            mask[group] = masks.smallest_in_groups(scores.T, sparsity.n, sparsity.m).T
+        errors[j] = torch.where(mask[j], W[j], 0.0) / U[j, j]
+        W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    return errors
