@@ -34,9 +34,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<bos>"], initial_alphabet=alphabet)
     bpe.train_from_iterator(stdlib_documents("train", optional=True), trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<bos>", eos_token="<bos>", model_max_length=SEQLEN
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<bos>", model_max_length=SEQLEN)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]) -> torch.Tensor:

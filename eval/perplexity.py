@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -126,7 +126,8 @@ def comparison(results: list[Perplexity]) -> str:
 def evaluation_windows(checkpoint: Checkpoint, model_config: Any, config: EvalConfig) -> Windows:
     """Windows that a config asks for, by the tokenizer of a checkpoint."""
     tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
-    text = open_text(config.dataset, config.split or SPLITS.get(config.dataset, "test"), config.text_column)
+    split = config.split or SPLITS.get(config.dataset.partition(":")[0], "test")
+    text = open_text(config.dataset, split, config.text_column)
     return cut(text, tokenizer, config.seqlen or default_seqlen(model_config), config.windows, config.bos)
 
 
@@ -149,5 +150,5 @@ def window_losses(model: BlockModel, tokens: Tensor, batch_size: int, progress: 
 def _forward(model: BlockModel, batch: Tensor) -> Tensor:
     ids = batch.to(model.device)
     logits = model.module(input_ids=ids, use_cache=False).logits  # [batch, seqlen, vocab]
-    losses = [F.cross_entropy(row[:-1].float(), target[1:], reduction="sum") for row, target in zip(logits, ids, strict=True)]
-    return torch.stack(losses).double().cpu()
+    pairs = zip(logits, ids, strict=True)  # one window at a time: logits in fp32 are the largest tensor of all
+    return torch.stack([cross_entropy(row[:-1].float(), w[1:], reduction="sum") for row, w in pairs]).double().cpu()

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 # In a source checkout `kernels/` and `eval/` lie beside this folder; an installed wheel has them inside it.
 _here = Path(__file__).resolve().parent
-if not (_here / "eval").exists() and (_here.parent / "eval" / "perplexity.py").is_file():
+if not (_here / "kernels").exists() and (_here.parent / "kernels" / "packing.py").is_file():
     __path__.append(str(_here.parent))
 
 _HOMES = {

@@ -58,7 +58,7 @@ class SuspendedForwards:
     def __enter__(self) -> "SuspendedForwards":
         self._no_grad = torch.no_grad()
         self._no_grad.__enter__()
-        self._own_forward = {name: block.__dict__.get("forward") for name, block in self.blocks.items()}
+        self._own_forward: dict[str, Any] = {name: block.__dict__.get("forward") for name, block in self.blocks.items()}
         for name, block in self.blocks.items():
             block.forward = self._pause(name, block.forward)
         try:

@@ -53,7 +53,7 @@ class Matrix:
 
     def read(self) -> Tensor:
         """W [d_out, d_in] in the dtype of the model; may share memory with the layer."""
-        weight: Tensor = self.module.weight.data  # type: ignore[union-attr, assignment]
+        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def replace(self, W: Tensor) -> None:
@@ -216,9 +216,9 @@ class StreamedModel:
     def load_outer(self, head: bool) -> None:
         """Load what is in no block: embeddings, final norm, and with `head` the output layer."""
         output = self.module.get_output_embeddings()
-        skipped = () if head or output is None else tuple(f"{n}." for n, m in self.module.named_modules() if m is output)
+        names = [f"{n}." for n, m in self.module.named_modules() if m is output and not head]
         inside = tuple(f"{block}." for block in self.blocks)
-        self._load(lambda target: not target.startswith(inside) and not (skipped and target.startswith(skipped)))
+        self._load(lambda target: not target.startswith((*inside, *names)))
         for target, source in self.module.all_tied_weights_keys.items():
             if not target.startswith(inside):
                 self._tie(target, source)
@@ -276,7 +276,8 @@ class StreamedModel:
         Returns:
             On-disk name -> tensor.
         """
-        plain = {name: target for name, (target, converts) in self._targets.items() if target in changed and not converts}
+        plain = {name: target for name, (target, converts) in self._targets.items() if not converts}
+        plain = {name: target for name, target in plain.items() if target in changed}
         tensors = {name: self.module.get_parameter(target).data for name, target in plain.items()}
         if rest := changed - set(plain.values()):
             tensors |= self._converted_back(block, rest)

@@ -83,28 +83,33 @@ def open_text(source: str, split: str, column: str = "text", seed: int | None = 
         CalibrationError: No such file, data set or column.
     """
     if Path(source).expanduser().is_file():
-        path = Path(source).expanduser()
-        if not {".json", ".jsonl", ".parquet"} & set(path.suffixes):
-            return Text(path.name, "file", _file_documents(path, seed))
-        kind = "parquet" if ".parquet" in path.suffixes else "json"
-        rows = _rows(kind, None, {"split": "train", "data_files": str(path)}, column, seed)
-        return Text(path.name, "file", rows)
+        return _open_file(Path(source).expanduser(), column, seed)
     if Path(source).suffix in (".txt", ".json", ".jsonl", ".parquet", ".gz"):
         raise CalibrationError(f"{source}: no such file")
     identifier, _, config = source.partition(":")
     identifier = ALIASES.get(identifier, identifier)
-    if identifier == "allenai/c4" and not config and split in C4_FILES:
-        options = {"split": split, "data_files": {split: C4_FILES[split]}}
-        documents = _rows(identifier, None, options, column, seed)
-        if split == "validation":  # as the official code of GPTQ, SparseGPT and Wanda evaluates C4
-            return Text(identifier, split, itertools.islice(documents, 1100), joiner=" ", limit=256)
-        return Text(identifier, split, documents)
     if identifier == "Salesforce/wikitext":
         config = config or "wikitext-2-raw-v1"
-        lines = _rows(identifier, config, {"split": split}, column, None)
+        lines = _rows(identifier, config, {"split": split}, "text", None)
         # its rows are the lines of one text, the empty ones among them
         return Text(f"{identifier}:{config}", split, ("\n\n".join(part) for part in [lines]))
-    return Text(source, split, _rows(identifier, config or None, {"split": split}, column, seed))
+    options: dict[str, Any] = {"split": split}
+    if identifier == "allenai/c4" and not config and split in C4_FILES:
+        options["data_files"] = {split: C4_FILES[split]}
+        if split == "validation":  # as the official code of GPTQ, SparseGPT and Wanda evaluates C4
+            documents = itertools.islice(_rows(identifier, None, options, column, seed), 1100)
+            return Text(identifier, split, documents, joiner=" ", limit=256)
+    name = f"{identifier}:{config}" if config else identifier
+    return Text(name, split, _rows(identifier, config or None, options, column, seed))
+
+
+def _open_file(path: Path, column: str, seed: int | None) -> Text:
+    """Documents of a file: rows of JSON or Parquet, or parts of a text."""
+    suffixes = set(path.suffixes)
+    if not {".json", ".jsonl", ".parquet"} & suffixes:
+        return Text(path.name, "file", _file_documents(path, seed))
+    kind = "parquet" if ".parquet" in suffixes else "json"
+    return Text(path.name, "file", _rows(kind, None, {"split": "train", "data_files": str(path)}, column, seed))
 
 
 def _file_documents(path: Path, seed: int | None) -> Iterator[str]:
@@ -112,9 +117,7 @@ def _file_documents(path: Path, seed: int | None) -> Iterator[str]:
     import datasets
 
     with _explained(str(path)):
-        rows = datasets.load_dataset(
-            "text", data_files=str(path), split="train", sample_by="document", streaming=True
-        )
+        rows = datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document", streaming=True)
         text = "\n".join(row["text"] for row in rows)
     documents = [part.strip("\n") for part in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
     documents = [part for part in documents if part.strip()]
@@ -124,9 +127,7 @@ def _file_documents(path: Path, seed: int | None) -> Iterator[str]:
     yield from documents
 
 
-def _rows(
-    identifier: str, config: str | None, options: dict[str, Any], column: str, seed: int | None
-) -> Iterator[str]:
+def _rows(identifier: str, config: str | None, options: dict[str, Any], column: str, seed: int | None) -> Iterator[str]:
     """Rows of a data set, streamed; in a seeded order where asked for."""
     import datasets
 
@@ -154,7 +155,7 @@ class _explained:  # noqa: N801, a context manager in the manner of contextlib
         if isinstance(error, Exception) and not isinstance(error, CalibrationError):
             raise CalibrationError(
                 f"{self.source}: the text cannot be loaded ({type(error).__name__}: {first_line(error)}); "
-                f"give a file with --text, or a data set id with --dataset"
+                f"check the name, config and split of the data set, or give a text file"
             ) from error
 
 
@@ -227,7 +228,8 @@ def cut(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None, bos: 
         enough = None if limit is None else limit * seqlen
         tokens = list(itertools.islice(itertools.chain.from_iterable(encoded), enough))
     else:
-        tokens = tokenizer(text.joiner.join(text.documents), verbose=False, add_special_tokens=bos == "text")["input_ids"]
+        joined = text.joiner.join(text.documents)
+        tokens = tokenizer(joined, verbose=False, add_special_tokens=bos == "text")["input_ids"]
     length = seqlen
     if bos == "window":
         if tokenizer.bos_token_id is None:

@@ -11,7 +11,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
@@ -157,7 +158,7 @@ def _folder(source: str, revision: str | None) -> Path:
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise CheckpointError(f"{source}: no such folder, and no Hub id of the form organisation/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *COMPANIONS]))
@@ -169,8 +170,15 @@ def _folder(source: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{source}: no such folder here, and no such model on the Hub (private models need `hf auth login`)"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{source}: no such folder here, and the Hub answered: {first_line(error)}") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{source}: has no revision {revision!r} on the Hub; give a branch, tag or commit"
+        ) from error
+    except (OSError, ValueError) as error:  # errors of the network and of the Hub, offline mode, an impossible id
+        raise CheckpointError(
+            f"{source}: no such folder here, and it cannot be had from the Hub ({first_line(error)}); "
+            f"check the name and the network"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -211,7 +219,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         base = 8 + length
         entries = {
-            name: Entry(path.name, e["dtype"], tuple(e["shape"]), base + e["data_offsets"][0], base + e["data_offsets"][1])
+            name: Entry(path.name, e["dtype"], tuple(e["shape"]), *(base + offset for offset in e["data_offsets"]))
             for name, e in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -230,6 +238,7 @@ class Writer:
 
     Everything grows in `target/.work`; `finish` gives the files their names, config.json last. The journal there has
     a line with a checksum for each block that is safely on the disk, after a first line that says whose run it is.
+    Leaving the context by an error removes what was not finished.
     """
 
     def __init__(self, source: Checkpoint, target: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -256,6 +265,15 @@ class Writer:
                 self.journal.append({"copied": shard})
         except OSError as error:
             raise CheckpointError(f"{target}: cannot be written: {first_line(error)}") from error
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+            with suppress(OSError):  # it was there before, or holds an earlier output
+                self.target.rmdir()
 
     def write(self, block: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Put the pruned tensors of a block in their places and note in the journal that the block is done.
@@ -288,7 +306,7 @@ class Writer:
         if tuple(tensor.shape) != entry.shape:
             raise CheckpointError(f"{name}: {list(entry.shape)} on disk, but {list(tensor.shape)} would be written")
         data = tensor.detach().to("cpu", DTYPES[entry.dtype]).contiguous()
-        return memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        return memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     def finish(self, files: Mapping[str, str]) -> None:
         """Give everything its final name: shards, tokenizer and configs, `files` (name -> text), config.json last."""
@@ -303,6 +321,9 @@ class Writer:
                 (self.work / name).write_text(text, encoding="utf-8")
             self.journal.append({"complete": True})
             others = companions | set(files)
+            for stale in {*self.target.glob("*.safetensors"), self.target / INDEX}:  # of an output that is overwritten
+                if stale.name not in {*self.source.shards, *others}:
+                    stale.unlink(missing_ok=True)
             for name in [*self.source.shards, *sorted(others - {"config.json"}), "config.json"]:
                 (self.work / name).replace(self.target / name)
             shutil.rmtree(self.work)

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -59,23 +59,27 @@ class Prune:
 
     def run(self) -> None:
         """Prune, evaluate if asked to, and print the report."""
-        from sparsegpt_lite.checkpoint import REPORT
         from sparsegpt_lite.pipeline import prune
 
-        out = self.out or Path(f"{Path(self.model).name}-{self.config.method}-{self.config.sparsity.replace(':', 'of')}")
-        dense = self._perplexity(self.model) if self.eval else None
-        report = prune(self.model, out, self.config, overwrite=self.overwrite, progress=not self.quiet)
-        if dense is not None:
-            report.perplexity = [dense, self._perplexity(str(out))]
-            (out / REPORT).write_text(report.to_json(), encoding="utf-8")
-        print(report.to_json() if self.json else out if self.quiet else report.table())
+        pattern = self.config.sparsity.replace(":", "of")
+        out = self.out or Path(f"{Path(self.model).name}-{self.config.method}-{pattern}")
+        report = prune(
+            self.model,
+            out,
+            self.config,
+            evaluate=self._perplexity if self.eval else None,
+            overwrite=self.overwrite,
+            progress=not self.quiet,
+        )
+        print(report.to_json() if self.json else report.target if self.quiet else report.table())
 
-    def _perplexity(self, model: str) -> dict[str, object]:
-        from sparsegpt_lite.eval.perplexity import EvalConfig, perplexity
+    def _perplexity(self, model: str) -> dict[str, Any]:
+        from sparsegpt_lite.eval.perplexity import perplexity
 
         assert self.eval is not None
         config = EvalConfig(
             dataset=self.eval,
+            text_column=self.config.text_column,
             seqlen=self.config.seqlen,
             device=self.config.device,
             dtype=self.config.dtype,
@@ -163,12 +167,15 @@ COMMANDS: dict[str, type[Prune] | type[Eval] | type[Inspect] | type[Demo]] = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on busy cores slow small solves tenfold
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("prune", argv)
     try:
         command = tyro.cli(COMMANDS[name], args=rest, prog=f"{PROGRAM} {name}", config=(tyro.conf.FlagCreatePairsOff,))
+        if getattr(command, "quiet", False):
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         command.run()
     except SparseGPTError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

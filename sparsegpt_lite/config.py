@@ -28,7 +28,7 @@ class PruneConfig:
     dataset: str = "allenai/c4"
     """Calibration text from the Hub: a data set id, or org/name:config."""
     text: MaybeStr = None
-    """Calibration text from a file instead: .txt (documents parted by lines of <|endoftext|>), .json, .jsonl, .parquet."""
+    """Calibration text from a file instead: .txt (lines of <|endoftext|> part documents), .json, .jsonl, .parquet."""
     text_column: str = "text"
     """Column that holds the text."""
     nsamples: int = 128

@@ -5,9 +5,19 @@ from `train`, evaluation text from `heldout`, which the model has never seen.
 """
 
 import hashlib
+import platform
+import random
+import sys
 import sysconfig
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+MODEL = Path(__file__).parent / "demo_model"
+SPARSITIES = ("0.5", "2:4")
+NSAMPLES, EVAL_WINDOWS, SEQLEN = 64, 64, 512
 
 # Not text: tables, generated files, and what others installed.
 NOT_TEXT = {"__pycache__", "dist-packages", "encodings", "pydoc_data", "site-packages"}
@@ -31,3 +41,69 @@ def stdlib_documents(split: str, optional: bool = False) -> Iterator[str]:
         heldout = hashlib.sha256(name.encode()).digest()[0] < 26
         if heldout == (split == "heldout"):
             yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def stdlib_windows(split: str) -> Any:
+    """Windows of the built-in model's text: drawn for `train`, consecutive for `heldout`. Files in a seeded order."""
+    from sparsegpt_lite.calibration import Text, cut, draw, load_tokenizer
+    from sparsegpt_lite.checkpoint import Checkpoint
+
+    documents = list(stdlib_documents(split))
+    random.Random(0).shuffle(documents)
+    text = Text(f"standard library of Python {platform.python_version()}", split, documents)
+    tokenizer = load_tokenizer(Checkpoint(MODEL))
+    if split == "train":
+        return draw(text, tokenizer, NSAMPLES, SEQLEN, seed=0)
+    return cut(text, tokenizer, SEQLEN, EVAL_WINDOWS, bos="document")
+
+
+def run_demo(progress: bool = True) -> dict[str, Any]:
+    """Prune the built-in model with every method at 50 % and 2:4, and evaluate what was written each time.
+
+    Returns:
+        `dense` and `pruned[method][sparsity]`, perplexities on held-out files, and what they were measured on.
+    """
+    from sparsegpt_lite.config import METHOD_NAMES, EvalConfig, PruneConfig
+    from sparsegpt_lite.eval.perplexity import perplexity
+    from sparsegpt_lite.pipeline import prune
+
+    started = time.monotonic()
+    calibration, heldout = stdlib_windows("train"), stdlib_windows("heldout")
+    measure = EvalConfig(dtype="float32", batch_size=8)
+    dense = perplexity(MODEL, measure, windows=heldout)
+    pruned: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for method in METHOD_NAMES:
+            for sparsity in SPARSITIES:
+                if progress:
+                    print(f"{method} at {sparsity} ...", file=sys.stderr, flush=True)
+                out = Path(folder) / f"{method}-{sparsity.replace(':', 'of')}"
+                config = PruneConfig(sparsity=sparsity, method=method, dtype="float32")
+                prune(MODEL, out, config, calibration=calibration)
+                result = perplexity(out, measure, windows=heldout)
+                pruned.setdefault(method, {})[sparsity] = result.perplexity
+    return {
+        "dense": dense.perplexity,
+        "pruned": pruned,
+        "calibration": calibration.describe(),
+        "evaluation": heldout.describe(),
+        "device": dense.device,
+        "versions": dense.versions,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Lay the comparison out for a person."""
+    from sparsegpt_lite.report import aligned
+
+    rows = [("perplexity", *("50 %" if s == "0.5" else s for s in SPARSITIES))]
+    rows.append(("dense", *[f"{result['dense']:.3f}"] * len(SPARSITIES)))
+    rows += [(m, *(f"{by[s]:.3f}" for s in SPARSITIES)) for m, by in result["pruned"].items()]
+    calibration, evaluation = result["calibration"], result["evaluation"]
+    return (
+        f"{aligned(rows)}\n\n"
+        f"Built-in model, {evaluation['dataset']}: calibrated on {calibration['windows']} windows of "
+        f"{calibration['seqlen']} tokens from its {calibration['split']} files, evaluated on {evaluation['windows']} "
+        f"windows of its {evaluation['split']} files (digest {evaluation['digest'][:12]}). {result['seconds']:.0f} s."
+    )

@@ -58,17 +58,14 @@ class Observer:
         self._call.clear()
 
     def start_call(self) -> None:
-        """Forget the tensors of the previous block call; every call must show the same sharing."""
+        """Forget the tensors of the previous block call. A layer may rest in a call, as experts do."""
         self._end_call()
         self._call, self._seen = [], {}
 
     def _end_call(self) -> None:
-        if not self._seen:
-            return
-        if self._slots and self._slots != self._seen:
-            changed = sorted(n for n in self._slots.keys() | self._seen if self._slots.get(n) != self._seen.get(n))
-            raise ModelError(f"{changed[0]}: used differently in two batches; leave it dense with --skip")
-        self._slots = self._seen
+        for name, slots in self._seen.items():
+            if self._slots.setdefault(name, slots) != slots:
+                raise ModelError(f"{name}: shares its inputs in one batch only; leave it dense with --skip")
 
     def _hook(self, name: str, d_in: int) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,11 +85,12 @@ class Observer:
         return observe
 
     def groups(self) -> dict[tuple[Slot, ...], list[str]]:
-        """Layers that were called, those that share their inputs together."""
+        """Layers that saw tokens, those that share their inputs together."""
         groups: dict[tuple[Slot, ...], list[str]] = {}
         for name in self.layers:
-            if name in self._slots:
-                groups.setdefault(tuple(self._slots[name]), []).append(name)
+            slots = tuple(self._slots.get(name, ()))
+            if any(self._moments[slot].tokens for slot in slots):
+                groups.setdefault(slots, []).append(name)
         return groups
 
     def hessian(self, group: tuple[Slot, ...]) -> tuple[Tensor, int]:

@@ -4,14 +4,15 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -29,12 +30,13 @@ from sparsegpt_lite.solver import reconstruction_error
 from sparsegpt_lite.sparsity import parse
 
 
-def prune(
+def prune(  # noqa: PLR0913, the public door
     source: str | Path,
     target: str | Path,
     config: PruneConfig | None = None,
     *,
     calibration: Windows | None = None,
+    evaluate: Callable[[str], dict[str, Any]] | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> PruneReport:
@@ -45,6 +47,8 @@ def prune(
         target: Output folder, absent or empty; it gets its files when all of them are complete.
         config: What to do.
         calibration: Windows to calibrate on in place of `config.dataset` and `config.text`.
+        evaluate: Called with the source once all else is checked, and with the target at the end; what it returns goes
+            into the report.
         overwrite: Replace an earlier output of ours.
         progress: Draw a bar on stderr.
 
@@ -59,28 +63,31 @@ def prune(
     """
     config, target = config or PruneConfig(), Path(target).expanduser()
     device = pick_device(config.device)
-    with memory.PeakMemory(device) as peak:
-        started = time.monotonic()
-        checkpoint = Checkpoint(source, config.revision)
-        check_target(checkpoint, target, overwrite)
-        model = StreamedModel(checkpoint, device, pick_dtype(config.dtype), config.trust_remote_code)
-        check_shapes(model, config)
-        calibration = calibration or calibrate(checkpoint, model.module.config, config)
-        report = new_report(model, str(source), calibration, config)
-        report.target = str(target)
-        writer = Writer(checkpoint, target, {"source": str(source), "config": report.config}, overwrite)
+    started = time.monotonic()
+    checkpoint = Checkpoint(source, config.revision)
+    check_target(checkpoint, target, overwrite)
+    model = StreamedModel(checkpoint, device, pick_dtype(config.dtype), config.trust_remote_code)
+    check_shapes(model, config)
+    calibration = calibration or calibrate(checkpoint, model.module.config, config)
+    report = new_report(model, str(source), calibration, config)
+    report.perplexity = [evaluate(str(source))] if evaluate else []
+    with Writer(checkpoint, target, {"source": str(source), "config": report.config}, overwrite) as writer:
 
         def write(block: str, rows: list[MatrixReport]) -> None:
             writer.write(block, model.on_disk(block, {row.name for row in rows}), {"matrices": [*map(asdict, rows)]})
 
-        model.load_outer(head=False)
-        prune_blocks(model, calibration.tokens, config, report, write, progress)
-        report.seconds = time.monotonic() - started
-    report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
-    for row in report.matrices:
-        row.name = model.disk_name(row.name)
-    report.dense = {model.disk_name(name): reason for name, reason in report.dense.items()}
-    writer.finish({REPORT: report.to_json()})
+        with memory.PeakMemory(device) as peak:
+            model.load_outer(head=False)
+            prune_blocks(model, calibration.tokens, config, report, write, progress)
+        for row in report.matrices:
+            row.name = model.disk_name(row.name)
+        report.dense = {model.disk_name(name): reason for name, reason in report.dense.items()}
+        report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
+        report.target, report.seconds = str(target), time.monotonic() - started
+        writer.finish({REPORT: report.to_json()})
+    if evaluate:
+        report.perplexity.append(evaluate(str(target)))
+        (target / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 
@@ -137,7 +144,18 @@ def prune_blocks(
     ):
         while (block := suspended.block) is not None:
             model.load(block)
-            rows = prune_block(block, model.blocks[block], suspended.calls, config, report)
+            found, dense = matrices(block, model.blocks[block], config.skip)
+            rows = []
+            for seen in observed(found, suspended.calls):
+                started = time.monotonic()
+                W = seen.matrix.read().float()  # [d_out, d_in]
+                with naming(seen.matrix.name):
+                    solution = prune_layer(W, seen.H, config.sparsity, config.method, config.damping, config.block_size)
+                seen.matrix.replace(solution.W)
+                rows.append(row(seen, block, W, solution.damping, config, time.monotonic() - started))
+            pruned = {row.name for row in rows}
+            report.matrices += rows
+            report.dense |= dense | {m.name: "not used on text" for m in found if m.name not in pruned}
             write(block, rows)
             suspended.advance()
             model.drop(block)
@@ -147,39 +165,42 @@ def prune_blocks(
         raise ModelError(f"{report.source}: no matrix was pruned; {len(report.dense)} were left dense")
 
 
-def prune_block(
-    name: str, block: nn.Module, calls: list[BlockCall], config: PruneConfig, report: PruneReport
-) -> list[MatrixReport]:
-    """Prune a loaded block: the Hessians come from its dense self, all matrices are then replaced."""
-    found, dense = matrices(name, block, config.skip)
+class Seen(NamedTuple):
+    """A matrix and the moments of its inputs: H fp32 [d_in, d_in], the mean of x xᵀ over `tokens` inputs."""
+
+    matrix: Matrix
+    H: Tensor
+    tokens: int
+
+
+def observed(found: list[Matrix], calls: list[BlockCall]) -> Iterator[Seen]:
+    """Run the waiting calls of a dense block; give every matrix that was used, with what it saw."""
     for matrix in found:
-        if not bool(matrix.module.weight.isfinite().all()):  # type: ignore[union-attr, operator]
+        if not bool(matrix.read().isfinite().all()):
             raise ModelError(f"{matrix.name}: the weights hold NaN or infinity; the checkpoint is damaged")
     with Observer({matrix.name: (matrix.module, matrix.d_in) for matrix in found}) as observer:
         for call in calls:
             observer.start_call()
             call.run()
-    groups, by_name = observer.groups(), {matrix.name: matrix for matrix in found}
-    rows = []
-    for group, members in groups.items():
+    by_name = {matrix.name: matrix for matrix in found}
+    for group, members in observer.groups().items():
         H, tokens = observer.hessian(group)
-        rows += [prune_matrix(by_name[member], name, H, tokens, config) for member in members]
-    seen = {row.name for row in rows}
-    dense |= {matrix.name: "not used on text" for matrix in found if matrix.name not in seen}
-    report.matrices += rows
-    report.dense |= dense
-    return rows
+        for member in members:
+            yield Seen(by_name[member], H, tokens)
 
 
-def prune_matrix(matrix: Matrix, block: str, H: Tensor, tokens: int, config: PruneConfig) -> MatrixReport:
-    """Solve one matrix and put the result in its place; the error is that of the weights in the model's dtype."""
-    started = time.monotonic()
-    W = matrix.read().float()
+@contextmanager
+def naming(matrix: str) -> Iterator[None]:
+    """Put the name of a matrix before an error."""
     try:
-        solution = prune_layer(W, H, config.sparsity, config.method, config.damping, config.block_size)
+        yield
     except SparseGPTError as error:
-        raise type(error)(f"{matrix.name}: {error}") from error
-    matrix.replace(solution.W)
+        raise type(error)(f"{matrix}: {error}") from error
+
+
+def row(seen: Seen, block: str, W: Tensor, damping: float | None, config: PruneConfig, seconds: float) -> MatrixReport:
+    """Describe a matrix whose dense weights were W; the error is that of the new ones in the model's dtype."""
+    matrix, H = seen.matrix, seen.H
     W_hat = matrix.read().float()
     error, energy = reconstruction_error(W, W_hat, H), reconstruction_error(W, torch.zeros_like(W), H)
     return MatrixReport(
@@ -190,13 +211,13 @@ def prune_matrix(matrix: Matrix, block: str, H: Tensor, tokens: int, config: Pru
         zeros=int((W_hat == 0).sum()),
         error=error,
         relative_error=error / energy if energy > 0 else 0.0,
-        tokens=tokens,
-        damping=solution.damping,
-        seconds=time.monotonic() - started,
+        tokens=seen.tokens,
+        damping=damping,
+        seconds=seconds,
     )
 
 
-class _BeforeHead(Exception):
+class _BeforeHeadError(Exception):
     """Ends a calibration forward where only the output layer is left to run."""
 
 
@@ -204,13 +225,13 @@ def calibration_forward(model: BlockModel, batch: Tensor) -> None:
     """Run the model up to its output layer, which calibration does not need and the skeleton has not loaded."""
 
     def stop(*_: Any) -> None:
-        raise _BeforeHead
+        raise _BeforeHeadError
 
     head = model.module.get_output_embeddings()
     hook = head.register_forward_pre_hook(stop) if head is not None else None
     try:
         model.module(input_ids=batch.to(model.device), use_cache=False)
-    except _BeforeHead:
+    except _BeforeHeadError:
         pass
     finally:
         if hook is not None:

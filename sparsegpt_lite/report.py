@@ -3,8 +3,9 @@
 import json
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any
 
 from sparsegpt_lite.sparsity import parse
@@ -90,9 +91,10 @@ class PruneReport:
                          f"{worst.relative_error:.4f}", worst.block))  # fmt: skip
         raised = [m for m in self.matrices if m.damping is not None and m.damping > self.config["damping"]]
         lines = [aligned(rows, left=(0, 6)), "", f"{parse(self.config['sparsity']).sentence}."]
+        share, whole = self.zeros / max(1, self.pruned), self.zeros / self.parameters
         lines.append(
             f"{len(self.matrices)} matrices pruned with {self.config['method']}: {self.zeros:,} of {self.pruned:,} "
-            f"weights are zero ({self.zeros / max(1, self.pruned):.2%}), {self.zeros / self.parameters:.2%} of the model."
+            f"weights are zero ({share:.2%}), {whole:.2%} of the model."
         )
         text = self.calibration
         lines.append(f"Calibrated on {text['windows']} windows of {text['seqlen']} tokens from {text['dataset']} "
@@ -112,7 +114,7 @@ class PruneReport:
         return "\n".join(lines)
 
 
-def aligned(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
+def aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
     """Lay rows out in columns, numbers to the right, a rule under the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -124,10 +126,5 @@ def aligned(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape the result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    installed = {dist.metadata["Name"].replace("-", "_"): dist.version for dist in distributions()}
+    return {"python": platform.python_version(), **{name: installed.get(name, "not installed") for name in PACKAGES}}

@@ -1,4 +1,4 @@
-"""Given W and H, which weights go and what do the rest become? (SparseGPT, arXiv 2301.00774)
+"""Given W and H, which weights go and what do the rest become? SparseGPT, arXiv 2301.00774.
 
 W  [d_out, d_in]  weights of one layer
 H  [d_in, d_in]   mean of x xᵀ over the calibration tokens; the scale does not matter
@@ -121,6 +121,7 @@ def _sweep(W: Tensor, U: Tensor, mask: Tensor, sparsity: Sparsity) -> Tensor:
         W: [b, d_out], one column of the layer per row; changed in place.
         U: [b, b].
         mask: bool [b, d_out]; filled in place for N:M, group by group.
+        sparsity: Pattern.
 
     Returns:
         Errors (w - ŵ) / U_jj that the columns after this block must make up for: [b, d_out].

@@ -32,6 +32,7 @@ class Unstructured:
 
     @property
     def sentence(self) -> str:
+        """The pattern in words."""
         return f"{100 * self.level:g} % of the weights of every pruned matrix are zero, anywhere in it"
 
 
@@ -61,6 +62,7 @@ class NofM:
 
     @property
     def sentence(self) -> str:
+        """The pattern in words."""
         return (
             f"{self.n} of every {self.m} consecutive inputs are kept, "
             f"{100 * (1 - self.n / self.m):g} % of the weights of every pruned matrix are zero"

@@ -1,0 +1,236 @@
+"""A checkpoint goes in, a pruned one comes out: the main job through its public doors, for three layouts and more."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparsegpt_lite import PruneConfig, prune, prune_model
+from sparsegpt_lite.blocks import StreamedModel, find_blocks
+from sparsegpt_lite.calibration import draw, open_text
+from sparsegpt_lite.checkpoint import Checkpoint
+from sparsegpt_lite.cli import main
+from sparsegpt_lite.config import METHOD_NAMES, EvalConfig
+from sparsegpt_lite.errors import ModelError
+from sparsegpt_lite.eval.perplexity import perplexity, window_losses
+from sparsegpt_lite.inspection import inspect
+
+FAMILIES = ["llama", "qwen3", "gemma2", "opt", "gpt2", "bloom", "mixtral"]
+MATRICES = {"llama": 14, "qwen3": 14, "gemma2": 14, "opt": 12, "gpt2": 8, "bloom": 8, "mixtral": 8}
+SMALL = {"nsamples": 8, "seqlen": 32, "batch_size": 3, "device": "cpu"}
+
+Make = Callable[..., Path]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
+
+
+def plain_losses(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """What transformers gives for the same windows: fp64 [windows]."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = [model(input_ids=w[None], use_cache=False).logits[0] for w in tokens]
+    pairs = zip(logits, tokens, strict=True)
+    return torch.stack([cross_entropy(x[:-1], w[1:], reduction="sum") for x, w in pairs]).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_checkpoint(family: str, checkpoint: Make, text_file: Path, tmp_path: Path) -> None:
+    source, out = checkpoint(family), tmp_path / "out"
+    report = prune(source, out, PruneConfig(sparsity="0.5", text=str(text_file), **SMALL))
+    before, after = tensors(source), tensors(out)
+    pruned = {row.name for row in report.matrices}
+    assert len(pruned) == MATRICES[family]
+    assert list(before) == list(after)
+    for name, W in after.items():
+        if name in pruned:
+            assert int((W == 0).sum()) == round(0.5 * W.numel())
+            assert not W[W == 0].signbit().any()
+        else:
+            assert torch.equal(W, before[name])
+    _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_losses_equal_the_whole_models(family: str, checkpoint: Make, text_file: Path) -> None:
+    source = checkpoint(family)
+    windows = draw(open_text(str(text_file), "-"), AutoTokenizer.from_pretrained(source), 5, 24, 0)
+    model = StreamedModel(Checkpoint(source), torch.device("cpu"))
+    model.load_outer(head=True)
+    assert torch.equal(window_losses(model, windows.tokens, 1, progress=False), plain_losses(source, windows.tokens))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_on_disk_is_kept(
+    family: str, dtype: torch.dtype, checkpoint: Make, text_file: Path, tmp_path: Path
+) -> None:
+    source = checkpoint(family, dtype=dtype)
+    report = prune(source, tmp_path / "out", PruneConfig(text=str(text_file), dtype="float32", **SMALL))
+    assert all(t.dtype == dtype for t in tensors(tmp_path / "out").values())
+    assert report.zeros == sum(round(0.5 * row.shape[0] * row.shape[1]) for row in report.matrices)
+
+
+def test_two_of_four_by_inspect(
+    checkpoint: Make, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for family, pattern in (("llama", "2:4"), ("gpt2", "2:4 transposed")):
+        out = tmp_path / family
+        prune(checkpoint(family), out, PruneConfig(sparsity="2:4", text=str(text_file), **SMALL))
+        found = [t["pattern"] for t in inspect(Checkpoint(out)) if t["zeros"]]
+        assert found == [pattern] * MATRICES[family]
+    assert main(["inspect", str(tmp_path / "llama")]) == 0
+    assert "14 obey 2:4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_same_command_twice_gives_the_same_bytes(
+    method: str, checkpoint: Make, text_file: Path, tmp_path: Path
+) -> None:
+    config = PruneConfig(sparsity="0.6", method=method, text=str(text_file), **SMALL)
+    files = []
+    for name in ("a", "b"):
+        prune(checkpoint("llama"), tmp_path / name, config)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_model_in_memory_is_pruned_alike(checkpoint: Make, text_file: Path, tmp_path: Path) -> None:
+    source = checkpoint("llama")
+    config = PruneConfig(text=str(text_file), **SMALL)
+    report = prune(source, tmp_path / "out", config)
+    windows = draw(open_text(str(text_file), "-", seed=0), AutoTokenizer.from_pretrained(source), 8, 32, 0)
+    assert report.calibration["digest"] == windows.digest
+    model = AutoModelForCausalLM.from_pretrained(source)
+    in_memory = prune_model(model, windows.tokens, config)
+    assert [row.zeros for row in in_memory.matrices] == [row.zeros for row in report.matrices]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in tensors(tmp_path / "out").items())
+
+
+def test_hessians_come_from_the_dense_block_and_inputs_from_the_pruned_ones(checkpoint: Make) -> None:
+    """The official order: within a block all Hessians are dense, the next block sees the pruned one's output."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    dense = {name: W.clone() for name, W in model.state_dict().items()}
+    tokens = torch.randint(256, (6, 32), generator=torch.Generator().manual_seed(0))
+    config = PruneConfig(method="magnitude", **SMALL)
+    report = prune_model(model, tokens, config)
+    pruned = {name: W.clone() for name, W in model.state_dict().items()}
+    for layer in (0, 1):  # dense from this layer on, pruned before
+        mixed = {n: (pruned if n.startswith("model.layers.0") and layer else dense)[n] for n in dense}
+        model.load_state_dict(mixed)
+        inputs: list[torch.Tensor] = []
+        module = model.get_submodule(f"model.layers.{layer}.mlp.down_proj")
+        hook = module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].reshape(-1, 96)))
+        with torch.no_grad():
+            model(tokens)
+        hook.remove()
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        error = (inputs[0] @ (dense[name] - pruned[name]).T).square().sum(1).mean()
+        row = next(row for row in report.matrices if row.name == name)
+        assert row.error == pytest.approx(float(error), rel=1e-4)
+        assert row.tokens == 6 * 32
+
+
+def test_eval_equals_transformers(checkpoint: Make, text_file: Path, capsys: pytest.CaptureFixture) -> None:
+    source = checkpoint("opt")
+    assert main(["eval", str(source), "--dataset", str(text_file), "--seqlen", "48", "--json", "-q"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    documents = text_file.read_text().strip("\n").split("\n<|endoftext|>\n")
+    ids = torch.tensor(tokenizer("\n\n".join(documents))["input_ids"])
+    windows = ids[: len(ids) // 48 * 48].view(-1, 48)
+    expected = float(plain_losses(source, windows).sum()) / (len(windows) * 47)
+    assert result["nll"] == pytest.approx(expected, rel=1e-5)
+    assert result["windows"] == len(windows)
+    assert result["tokens"] == len(windows) * 47
+    assert len(result["digest"]) == 64
+
+
+def test_eval_is_the_same_for_any_batch_size_and_in_memory(checkpoint: Make, text_file: Path) -> None:
+    source = checkpoint("llama")
+    windows = draw(open_text(str(text_file), "-"), AutoTokenizer.from_pretrained(source), 6, 32, 0)
+    results = [perplexity(source, EvalConfig(batch_size=size), windows=windows).nll for size in (1, 4)]
+    model = AutoModelForCausalLM.from_pretrained(source)
+    results.append(perplexity(model, windows=windows).nll)
+    assert results == pytest.approx([results[0]] * 3, rel=1e-6)
+
+
+def test_report_says_what_happened(checkpoint: Make, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune(checkpoint("mixtral"), out, PruneConfig(text=str(text_file), **SMALL))
+    report = json.loads((out / "sparsity.json").read_text())
+    row = report["matrices"][0]
+    assert row["name"] == "model.layers.0.self_attn.q_proj.weight"
+    assert row["tokens"] == 8 * 32
+    assert row["damping"] == 0.01
+    assert 0 < row["relative_error"] < 1
+    assert report["calibration"]["windows"] == 8
+    assert report["config"]["sparsity"] == "0.5"
+    assert report["totals"]["sparsity_of_pruned"] == 0.5
+    assert report["peak_host_bytes"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert any("experts.gate_up_proj" in name for name in report["dense"])
+
+
+def test_shared_inputs_share_a_hessian(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsegpt_lite.hessian import Observer
+
+    groups: list[list[str]] = []
+    original = Observer.groups
+    monkeypatch.setattr(Observer, "groups", lambda self: groups.extend(original(self).values()) or original(self))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama", num_hidden_layers=1))
+    prune_model(model, torch.arange(64).view(2, 32), PruneConfig(**SMALL))
+    leaves = [[name.split(".")[-2] for name in group] for group in groups]
+    assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_only_one_block_is_ever_loaded(checkpoint: Make, text_file: Path, tmp_path: Path, monkeypatch) -> None:
+    loaded: list[int] = []
+    drop = StreamedModel.drop
+
+    def counting(self: StreamedModel, block: str) -> None:
+        loaded.append(sum(not next(b.parameters()).is_meta for b in self.blocks.values()))
+        drop(self, block)
+
+    monkeypatch.setattr(StreamedModel, "drop", counting)
+    source = checkpoint("llama", num_hidden_layers=4)
+    prune(source, tmp_path / "out", PruneConfig(text=str(text_file), **SMALL))
+    assert loaded == [1, 1, 1, 1]
+
+
+def test_skip_leaves_weights_dense_and_says_so(checkpoint: Make, text_file: Path, tmp_path: Path) -> None:
+    config = PruneConfig(text=str(text_file), skip="down_proj|layers.1", **SMALL)
+    report = prune(checkpoint("llama"), tmp_path / "out", config)
+    assert len(report.matrices) == 6
+    assert report.dense["model.layers.0.mlp.down_proj.weight"] == "left out by --skip"
+
+
+def test_command_line_prunes_evaluates_and_reports(
+    checkpoint: Make, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    command = [str(checkpoint("llama")), "--sparsity", "4:8", "--text", str(text_file), "--nsamples", "8"]
+    assert main([*command, "--seqlen", "32", "--eval", str(text_file), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "14 matrices pruned with sparsegpt: 12,288 of 24,576 weights are zero (50.00%)" in printed.out
+    assert "pruning" in printed.err
+    dense, pruned = json.loads((out / "sparsity.json").read_text())["perplexity"]
+    assert dense["model"] != pruned["model"]
+    assert dense["digest"] == pruned["digest"]
+
+
+def test_forwards_are_left_as_they_were(checkpoint: Make) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    with pytest.raises(ModelError, match="no matrix was pruned"):
+        prune_model(model, torch.arange(32).view(1, 32), PruneConfig(skip=".", **SMALL))
+    assert all("forward" not in block.__dict__ for block in find_blocks(model).values())
+    assert torch.is_grad_enabled()
