@@ -57,10 +57,10 @@ class Matrix:
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def replace(self, W: Tensor) -> None:
-        """Put W [d_out, d_in] in the place of the weight, cast to its dtype."""
-        new = W.T if isinstance(self.module, Conv1D) else W
+        """Put W [d_out, d_in] in the place of the weight, cast to its dtype; -0.0 becomes +0.0."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        weight.data = new.to(weight.dtype).contiguous()
+        new = (W.T if isinstance(self.module, Conv1D) else W).to(weight.dtype)
+        weight.data = torch.where(new == 0, 0, new).contiguous()
 
 
 def matrices(block_name: str, block: nn.Module, skip: str | None) -> tuple[list[Matrix], dict[str, str]]:

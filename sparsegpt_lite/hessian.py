@@ -37,9 +37,8 @@ class Observer:
 
     layers: Mapping[str, tuple[nn.Module, int]]  # name -> module, d_in
     _moments: dict[Slot, Moments] = field(default_factory=dict)
-    _slots: dict[str, list[Slot]] = field(default_factory=dict)
-    _call: list[tuple[Tensor, Slot]] = field(default_factory=list)
-    _seen: dict[str, list[Slot]] = field(default_factory=dict)
+    _sharing: dict[Slot, list[str]] = field(default_factory=dict)  # the layers that are given the input of a slot
+    _call: dict[Slot, tuple[Tensor, int, list[str]]] = field(default_factory=dict)  # input, its version, its layers
 
     def __enter__(self) -> "Observer":
         self._hooks = [
@@ -60,27 +59,28 @@ class Observer:
     def start_call(self) -> None:
         """Forget the tensors of the previous block call. A layer may rest in a call, as experts do."""
         self._end_call()
-        self._call, self._seen = [], {}
+        self._call = {}
 
     def _end_call(self) -> None:
-        for name, slots in self._seen.items():
-            if self._slots.setdefault(name, slots) != slots:
-                raise ModelError(f"{name}: shares its inputs in one batch only; leave it dense with --skip")
+        for slot, (_, _, names) in self._call.items():
+            if self._sharing.setdefault(slot, names) != names:
+                raise ModelError(f"{slot[0]}: shares its inputs in one batch only; leave it dense with --skip")
 
     def _hook(self, name: str, d_in: int) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if not isinstance(x, Tensor) or x.shape[-1] != d_in:
                 return
-            slots = self._seen.setdefault(name, [])
-            slot = next((slot for seen, slot in self._call if seen is x), None)
-            if slot is None:
-                slot = (name, len(slots))
-                self._call.append((x, slot))
-                if slot not in self._moments:
-                    self._moments[slot] = Moments(torch.zeros(d_in, d_in, device=x.device))
-                self._moments[slot].add(x)
-            slots.append(slot)
+            version = 0 if x.is_inference() else x._version  # tells whether x was changed in place
+            for seen, seen_version, names in self._call.values():
+                if seen is x and seen_version == version:
+                    names.append(name)
+                    return
+            slot = (name, sum(first == name for first, _ in self._call))
+            self._call[slot] = (x, version, [name])
+            if slot not in self._moments:
+                self._moments[slot] = Moments(torch.zeros(d_in, d_in, device=x.device))
+            self._moments[slot].add(x)
 
         return observe
 
@@ -88,7 +88,7 @@ class Observer:
         """Layers that saw tokens, those that share their inputs together."""
         groups: dict[tuple[Slot, ...], list[str]] = {}
         for name in self.layers:
-            slots = tuple(self._slots.get(name, ()))
+            slots = tuple(slot for slot, names in self._sharing.items() for n in names if n == name)
             if any(self._moments[slot].tokens for slot in slots):
                 groups.setdefault(slots, []).append(name)
         return groups

@@ -53,7 +53,7 @@ def prune_layer(
         The new weights in fp32, zeros included, the mask, and the damping that was used.
 
     Raises:
-        ConfigError: Unknown method, or a pattern that d_in cannot have.
+        ConfigError: Unknown method, a pattern that d_in cannot have, or an impossible block size or damping.
         SolverError: W or H is not finite, shapes do not fit, or H cannot be inverted.
 
     Example:
@@ -61,6 +61,8 @@ def prune_layer(
         >>> solution = prune_layer(torch.randn(32, 64), X.T @ X / 1000, "2:4")
     """
     sparsity = parse(sparsity)
+    if block_size < 1 or damping < 0:
+        raise ConfigError(f"block size {block_size} and damping {damping:g}: must be at least 1 and at least 0")
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
     if H.shape != (W.shape[1], W.shape[1]):
@@ -70,7 +72,7 @@ def prune_layer(
     for what, tensor in (("weights", W), ("moments of the inputs", H)):
         if not bool(tensor.isfinite().all()):
             raise SolverError(f"the {what} hold NaN or infinity")
-    solution = METHODS[method](W.float(), H, sparsity, damping, block_size)
+    solution = METHODS[method](W.float(), H.float(), sparsity, damping, block_size)
     if not bool(solution.W.isfinite().all()):
         raise SolverError(f"the solved weights hold NaN or infinity (damping {solution.damping}): raise --damping")
     return solution

@@ -97,8 +97,10 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: Sparsity, damping: float, block_si
     for start in range(0, d_in, step):
         end = min(start + step, d_in)
         if not isinstance(sparsity, NofM):
-            due = max(sparsity.zeros(d_out, end) - pruned, int(dead[start:end].sum()) * d_out)
-            due = min(due, sparsity.zeros(d_out, d_in) - pruned, (end - start) * d_out)
+            left = sparsity.zeros(d_out, d_in) - pruned
+            here, later = (d_out * int(dead[columns].sum()) for columns in (slice(start, end), slice(end, None)))
+            due = min(max(sparsity.zeros(d_out, end) - pruned, here), max(left - later, min(left, here)))
+            due = min(due, (end - start) * d_out)
             mask[start:end] = _choose(W[start:end], U.diagonal()[start:end], dead[start:end], due)
             pruned += due
         errors = _sweep(W[start:end], U[start:end, start:end], mask[start:end], sparsity)  # [b, d_out]

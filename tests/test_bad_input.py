@@ -403,7 +403,7 @@ OPTIONS = {
     "--damping -1": ("--damping -1", "0.01"),
     "--damping nan": ("--damping nan", "0.01"),
     "--text nowhere.txt": ("nowhere.txt", "no such file"),
-    "--text nowhere": ("nowhere", "--text"),
+    "--text nowhere": ("nowhere",),
     "--nsamples 9999": ("text.txt", "12,0", "9999 windows", "--nsamples"),
     "--seqlen 9999": ("text.txt", "4 windows of 9999", "--seqlen"),
 }
@@ -460,7 +460,7 @@ TEXTS = {
     "broken.jsonl": (b'{"text": "a"}\n{nope\n', ("JSON",)),
     "broken.jsonl.gz": (b"no gzip file" * 900, ("gzip",)),
     "broken.parquet": (b"PAR1 nope", ("arquet",)),
-    "empty.json": (b"", ("--text",)),
+    "empty.json": (b"", ()),
     "none.json": (b"[]", ("tokens",)),
     "column.json": (b'[{"body": "a"}, {"body": "b"}]', ("'text'", "body", "--text-column")),
     "column.jsonl": (b'{"body": "a"}\n{"body": "b"}\n', ("'text'", "body", "--text-column")),
@@ -481,7 +481,6 @@ def test_text(name, checkpoint, refused, options, out, tmp_path):
 def test_eval_text(name, checkpoint, refused, tmp_path):
     data, words = TEXTS[name]
     (tmp_path / name).write_bytes(data)
-    words = tuple("--dataset" if word == "--text" else word for word in words)
     refused("eval", checkpoint("llama"), "--dataset", tmp_path / name, "-q", words=(name, *words))
 
 

@@ -128,7 +128,7 @@ def test_inputs_that_are_not_finite_name_the_layer(block: Block, value: float) -
 @pytest.mark.parametrize("order", [[False, True], [True, False], [False, True, False]])
 def test_sharing_must_not_change_between_calls(block: Block, order: list[bool]) -> None:
     copies = iter(order)
-    with pytest.raises(ModelError, match=r"^k: shares its inputs in one batch only"):
+    with pytest.raises(ModelError, match=r"^q: shares its inputs in one batch only"):
         watch(block, batches(*[(1, 2)] * len(order)), lambda x: block(x, copies=next(copies)))
 
 
@@ -167,3 +167,16 @@ def test_hooks_go_when_the_model_fails(block: Block) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         watch(block, [torch.zeros(1, 2, 5)])
     assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_an_input_changed_in_place_is_another_input() -> None:
+    q, k = nn.Linear(4, 4), nn.Linear(4, 4)
+    with torch.no_grad(), Observer({"q": (q, 4), "k": (k, 4)}) as observer:
+        observer.start_call()
+        x = torch.ones(1, 4)
+        q(x)
+        k(x.mul_(3))
+    by_layer = {
+        name: observer.hessian(group)[0][0, 0].item() for group, names in observer.groups().items() for name in names
+    }
+    assert by_layer == {"q": 1.0, "k": 9.0}

@@ -258,7 +258,7 @@ def test_quiet_says_nothing_but_the_folder(branch_run: subprocess.CompletedProce
     [
         (["org/tiny", "--dataset", "org/corpus"], ["org/corpus", "id, content", "--text-column"]),
         (["org/tiny", "--dataset", "org/absent"], ["org/absent", "doesn't exist on the Hub", "check the name"]),
-        (["org/tiny", "--dataset", "org/script"], ["org/script", "scripts are no longer supported", "give a text file"]),
+        (["org/tiny", "--dataset", "org/script"], ["org/script", "are no longer supported", "give a text file"]),
         (["inspect", "org/absent"], ["org/absent", "no such model on the Hub", "`hf auth login`"]),
         (["inspect", "org/gated"], ["org/gated", "ask for access", "`hf auth login`"]),
         (["inspect", "org/tiny", "--revision", "absent"], ["org/tiny", "revision", "absent"]),

@@ -320,6 +320,13 @@ def test_existing_zeros_count(method: str, pattern: str) -> None:
     assert int((solution.W == 0).sum()) == 6 * 16 // 2
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_existing_zeros_go_before_dead_inputs(method: str) -> None:
+    W, H = layer(6, 16, dead=(0,))
+    W[:, 9] = 0
+    assert torch.equal(prune_layer(W, H, 1 / 16, method).W, W)
+
+
 @every_method
 def test_more_zeros_than_asked_for_stay(method: str) -> None:
     W, H = layer(6, 16)
@@ -433,6 +440,15 @@ def test_weights_of_dead_inputs_end_as_zero(method: str, pattern: str, block_siz
     solution = prune_layer(W, H, pattern, method, block_size=block_size)
     assert not solution.W[:, [0, 5, 6, 31]].any()
     assert int(solution.mask.sum()) == 6 * 32 // 2
+
+
+@pytest.mark.parametrize("dead", [range(0, 6), range(5, 11), range(10, 16)], ids=str)
+def test_dead_inputs_go_first_wherever_they_are(dead: range) -> None:
+    """Six of 16 inputs are fewer than the half that is pruned, though they may be more than half of their block."""
+    W, H = layer(6, 16, dead=tuple(dead))
+    solution = prune_layer(W, H, 0.5, block_size=8)
+    assert bool(solution.mask[:, list(dead)].all())
+    assert int(solution.mask.sum()) == 6 * 8
 
 
 def test_a_group_of_dead_inputs_is_zero_altogether() -> None:
