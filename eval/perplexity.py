@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sparsegpt_lite import memory
 from sparsegpt_lite.activations import SuspendedForwards
 from sparsegpt_lite.blocks import BlockModel, LoadedModel, StreamedModel
-from sparsegpt_lite.calibration import Windows, cut, default_seqlen, load_tokenizer, open_text
+from sparsegpt_lite.calibration import Windows, cut, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.config import EvalConfig
 from sparsegpt_lite.errors import CalibrationError
@@ -128,7 +128,7 @@ def evaluation_windows(checkpoint: Checkpoint, model_config: Any, config: EvalCo
     tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
     split = config.split or SPLITS.get(config.dataset.partition(":")[0], "test")
     text = open_text(config.dataset, split, config.text_column)
-    return cut(text, tokenizer, config.seqlen or default_seqlen(model_config), config.windows, config.bos)
+    return cut(text, tokenizer, window_length(config.seqlen, model_config), config.windows, config.bos)
 
 
 def window_losses(model: BlockModel, tokens: Tensor, batch_size: int, progress: bool) -> Tensor:

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import __version__ as version
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, first_line
+from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, one_line
 from sparsegpt_lite.errors import CheckpointError, ModelError
 
 # Layers that choose instead of computing: a wrong choice costs more than their few weights save.
@@ -85,7 +86,7 @@ def matrices(block_name: str, block: nn.Module, skip: str | None) -> tuple[list[
     return found, dense
 
 
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Decoder blocks by name: the outermost gradient-checkpointing layers, else the largest list of modules.
 
     Which of them the model really calls is seen when it runs.
@@ -97,7 +98,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         lists = dict(_outermost(model, lambda module: isinstance(module, nn.ModuleList) and len(module) > 0))
         if not lists:
-            raise ModelError(f"{type(model).__name__}: found neither decoder layers nor a list of modules to stream")
+            raise ModelError(
+                f"{model.name_or_path}: {type(model).__name__} has no decoder layers; choose another model"
+            )
         name = max(lists, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
         found = {f"{name}.{child}": block for child, block in lists[name].named_children()}
     return found
@@ -201,20 +204,21 @@ class StreamedModel:
         converted = any(converts for _, converts in self._targets.values())
         missing = [n for n in state if n not in there and n not in tied and n not in tied.values()]
         if missing and not converted:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {len(missing)} weights that config.json asks for are not there, "
-                f"{missing[0]} first; config and weights belong to different models"
-            )
+            raise CheckpointError(_not_on_disk(self.checkpoint, missing))
         for name, (target, converts) in self._targets.items():
             shape = self.checkpoint.entries[name].shape
             if not converts and target in state and tuple(state[target].shape) != shape:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} is {list(shape)} on disk, but config.json asks for "
-                    f"{list(state[target].shape)}"
+                    f"{list(state[target].shape)}; fetch both again"
                 )
 
     def load_outer(self, head: bool) -> None:
-        """Load what is in no block: embeddings, final norm, and with `head` the output layer."""
+        """Load what is in no block: embeddings, final norm, and with `head` the output layer.
+
+        Raises:
+            CheckpointError: Some of it is not on disk.
+        """
         output = self.module.get_output_embeddings()
         names = [f"{n}." for n, m in self.module.named_modules() if m is output and not head]
         inside = tuple(f"{block}." for block in self.blocks)
@@ -222,6 +226,10 @@ class StreamedModel:
         for target, source in self.module.all_tied_weights_keys.items():
             if not target.startswith(inside):
                 self._tie(target, source)
+        state = self.module.state_dict(keep_vars=True)
+        left = [n for n, t in state.items() if t.is_meta and not n.startswith((*inside, *names))]
+        if left:
+            raise CheckpointError(_not_on_disk(self.checkpoint, left))
 
     def _tie(self, target: str, source: str) -> None:
         """Let two tied parameters be one, whichever of them is loaded."""
@@ -240,10 +248,7 @@ class StreamedModel:
         self._load(lambda target: target.startswith(f"{block}."))
         left = [n for n, t in self.blocks[block].state_dict(keep_vars=True).items() if t.is_meta]
         if left:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {block}.{left[0]} cannot be loaded ({len(left)} weights of this block); "
-                f"config and weights belong to different models"
-            )
+            raise CheckpointError(_not_on_disk(self.checkpoint, [f"{block}.{name}" for name in left]))
 
     def _load(self, wanted: Callable[[str], bool]) -> None:
         """Let transformers load the tensors whose target in the model is wanted."""
@@ -261,6 +266,11 @@ class StreamedModel:
         """Put the parameters of a block back on meta, which frees them."""
         for name, _ in list(self.blocks[block].named_parameters()):
             set_module_tensor_to_device(self.blocks[block], name, "meta", clear_cache=False)
+
+    def surplus(self) -> list[str]:
+        """Tensors on disk that the model which config.json describes does not have; they are copied as they are."""
+        state = self.module.state_dict()
+        return [n for n, (target, converts) in self._targets.items() if not converts and target not in state]
 
     def disk_name(self, parameter: str) -> str:
         """Name of a parameter in the checkpoint; its name in the model where it is stored in parts."""
@@ -299,6 +309,13 @@ class StreamedModel:
         return result
 
 
+def _not_on_disk(checkpoint: Checkpoint, missing: list[str]) -> str:
+    return (
+        f"{checkpoint.folder}: {len(missing)} weights that config.json asks for are not there, {missing[0]} first; "
+        f"config and weights belong to different models: fetch both again"
+    )
+
+
 def disk_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Floating dtype that most weights of a checkpoint have on disk."""
     counts: dict[torch.dtype, int] = {}
@@ -307,7 +324,7 @@ def disk_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if dtype is not None and dtype.is_floating_point:
             counts[dtype] = counts.get(dtype, 0) + entry.numel
     if not counts:
-        raise CheckpointError(f"{checkpoint.folder}: holds no floating-point weights")
+        raise CheckpointError(f"{checkpoint.folder}: holds no floating-point weights; give the unquantized model")
     return max(counts, key=lambda dtype: counts[dtype])
 
 
@@ -328,10 +345,11 @@ def _skeleton(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError) as error:
+    except Exception as error:  # whatever a broken or unknown config makes of the many config and model classes
         kind = checkpoint.config.get("model_type", "no model_type in config.json")
         raise ModelError(
-            f"{checkpoint.name}: transformers cannot build this model ({kind}): {first_line(error)}"
+            f"{checkpoint.name}: transformers {version} cannot build this model ({kind}: {one_line(error)}); "
+            f"give a decoder-only model, or update transformers"
         ) from error
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # comes from the checkpoint

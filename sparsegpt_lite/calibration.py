@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegpt_lite.checkpoint import Checkpoint, first_line
+from sparsegpt_lite.checkpoint import Checkpoint, one_line
 from sparsegpt_lite.errors import CalibrationError, CheckpointError
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
@@ -85,7 +86,7 @@ def open_text(source: str, split: str, column: str = "text", seed: int | None = 
     if Path(source).expanduser().is_file():
         return _open_file(Path(source).expanduser(), column, seed)
     if Path(source).suffix in (".txt", ".json", ".jsonl", ".parquet", ".gz"):
-        raise CalibrationError(f"{source}: no such file")
+        raise CalibrationError(f"{source}: no such file; check the path")
     identifier, _, config = source.partition(":")
     identifier = ALIASES.get(identifier, identifier)
     if identifier == "Salesforce/wikitext":
@@ -109,7 +110,8 @@ def _open_file(path: Path, column: str, seed: int | None) -> Text:
     if not {".json", ".jsonl", ".parquet"} & suffixes:
         return Text(path.name, "file", _file_documents(path, seed))
     kind = "parquet" if ".parquet" in suffixes else "json"
-    return Text(path.name, "file", _rows(kind, None, {"split": "train", "data_files": str(path)}, column, seed))
+    options = {"split": "train", "data_files": str(path)}
+    return Text(path.name, "file", _rows(kind, None, options, column, seed, shown=str(path)))
 
 
 def _file_documents(path: Path, seed: int | None) -> Iterator[str]:
@@ -119,28 +121,41 @@ def _file_documents(path: Path, seed: int | None) -> Iterator[str]:
     with _explained(str(path)):
         rows = datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document", streaming=True)
         text = "\n".join(row["text"] for row in rows)
-    documents = [part.strip("\n") for part in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
-    documents = [part for part in documents if part.strip()]
+    parts = re.split(rf"^{re.escape(SEPARATOR)}[ \t]*$", text, flags=re.MULTILINE)
+    documents = [part.strip("\n") for part in parts if part.strip()]
     if seed is not None:
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
         documents = [documents[i] for i in order]
     yield from documents
 
 
-def _rows(identifier: str, config: str | None, options: dict[str, Any], column: str, seed: int | None) -> Iterator[str]:
-    """Rows of a data set, streamed; in a seeded order where asked for."""
+def _rows(
+    identifier: str,
+    config: str | None,
+    options: dict[str, Any],
+    column: str,
+    seed: int | None,
+    shown: str | None = None,
+) -> Iterator[str]:
+    """Rows of a data set, streamed; in a seeded order where asked for. `shown` names it in errors."""
     import datasets
 
-    with _explained(identifier):
+    shown = shown or identifier
+    with _explained(shown):
         rows = datasets.load_dataset(identifier, config, streaming=True, **options)
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in rows:
             if column not in row:
                 raise CalibrationError(
-                    f"{identifier}: has no column {column!r}, only {', '.join(row)}; name one with --text-column"
+                    f"{shown}: has no column {column!r}, only {', '.join(row)}; name one with --text-column"
                 )
-            yield row[column]
+            if not isinstance(row[column], str | None):
+                kind = type(row[column]).__name__
+                raise CalibrationError(
+                    f"{shown}: the column {column!r} holds {kind} where text belongs; name another with --text-column"
+                )
+            yield row[column] or ""
 
 
 class _explained:  # noqa: N801, a context manager in the manner of contextlib
@@ -149,12 +164,19 @@ class _explained:  # noqa: N801, a context manager in the manner of contextlib
     def __init__(self, source: str) -> None:
         self.source = source
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        from datasets import logging
+
+        self.verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # its errors are told by ours
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from datasets import logging
+
+        logging.set_verbosity(self.verbosity)
         if isinstance(error, Exception) and not isinstance(error, CalibrationError):
             raise CalibrationError(
-                f"{self.source}: the text cannot be loaded ({type(error).__name__}: {first_line(error)}); "
+                f"{self.source}: the text cannot be loaded ({type(error).__name__}: {one_line(error)}); "
                 f"check the name, config and split of the data set, or give a text file"
             ) from error
 
@@ -174,7 +196,9 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> A
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a broken file makes of the many tokenizer classes
-        raise CheckpointError(f"{checkpoint.folder}: the tokenizer cannot be read: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer cannot be read ({one_line(error)}); copy it anew from the base model"
+        ) from error
 
 
 def draw(text: Text, tokenizer: Any, nsamples: int, seqlen: int, seed: int) -> Windows:
@@ -228,7 +252,7 @@ def cut(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None, bos: 
         enough = None if limit is None else limit * seqlen
         tokens = list(itertools.islice(itertools.chain.from_iterable(encoded), enough))
     else:
-        joined = text.joiner.join(text.documents)
+        joined = text.joiner.join(filter(None, text.documents))
         tokens = tokenizer(joined, verbose=False, add_special_tokens=bos == "text")["input_ids"]
     length = seqlen
     if bos == "window":
@@ -237,13 +261,23 @@ def cut(text: Text, tokenizer: Any, seqlen: int, limit: int | None = None, bos: 
         length -= 1
     windows = torch.tensor(tokens)[: len(tokens) // length * length].view(-1, length)[:limit]
     if len(windows) == 0:
-        raise CalibrationError(f"{text.name}: {len(tokens):,} tokens do not fill one window of {seqlen}")
+        raise CalibrationError(
+            f"{text.name}: {len(tokens):,} tokens do not fill one window of {seqlen}; give more text, or lower --seqlen"
+        )
     if bos == "window":
         windows = torch.cat([torch.full((len(windows), 1), tokenizer.bos_token_id), windows], dim=1)
     return Windows(windows.contiguous(), text.name, text.split, bos)
 
 
-def default_seqlen(config: Any) -> int:
-    """min(2048, longest context of the model). `config` is that of transformers."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(2048, longest) if isinstance(longest, int) and longest > 0 else 2048
+def window_length(asked: int | None, model_config: Any) -> int:
+    """Tokens per window: what was asked for, else min(2048, longest context of the model). The config is transformers'.
+
+    Raises:
+        CalibrationError: The model has fewer positions than were asked for.
+    """
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return asked or 2048
+    if asked and asked > longest:
+        raise CalibrationError(f"--seqlen {asked}: the model has {longest} positions; lower --seqlen")
+    return asked or min(2048, longest)

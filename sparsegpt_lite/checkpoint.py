@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import struct
+import textwrap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsegpt_lite.errors import CheckpointError
@@ -41,7 +42,6 @@ DTYPES = {
 # Files beside the weights that belong to the model: configs, tokenizer, licence. Not README.md: it is about the base.
 COMPANIONS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class Checkpoint:
         for shard in self.shards:
             for key, entry in read_header(self.folder / shard).items():
                 if key in self.entries:
-                    raise CheckpointError(f"{self.folder}: tensor {key} is in {self.entries[key].shard} and in {shard}")
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {key} is in {self.entries[key].shard} and in {shard}; keep one of them"
+                    )
                 self.entries[key] = entry
 
     def _config(self) -> dict[str, Any]:
@@ -100,27 +102,27 @@ class Checkpoint:
         return config
 
     def _shards(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index}: no weight_map in it; the download may be incomplete")
-            shards = sorted(set(weight_map.values()))
-        elif (self.folder / SINGLE).is_file():
+        if (self.folder / SINGLE).is_file():  # goes before an index for transformers too
             return [SINGLE]
-        else:
+        index = self.folder / INDEX
+        if not index.is_file():
             pickles = sorted(p.name for pattern in UNSAFE for p in self.folder.glob(pattern))
             found = f"only {pickles[0]}, which runs code when opened" if pickles else "none"
             raise CheckpointError(
                 f"{self.folder}: needs {SINGLE} or {INDEX}, found {found}; convert the model with "
                 f"AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
-        for shard in shards:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: no weight_map in it; fetch the model again")
+        for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: names the shard {shard!r}, which is no file of this folder")
+                raise CheckpointError(
+                    f"{index}: names the shard {shard!r}, which is no file of this folder; fetch the model again"
+                )
             if not (self.folder / shard).is_file():
-                raise CheckpointError(f"{index}: names {shard}, which is missing; the download may be incomplete")
-        return shards
+                raise CheckpointError(f"{index}: names {shard}, which is missing; fetch the model again")
+        return sorted(set(weight_map.values()))
 
     @property
     def nbytes(self) -> int:
@@ -156,7 +158,7 @@ def _folder(source: str, revision: str | None) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise CheckpointError(f"{source}: no such folder, and no Hub id of the form organisation/name")
+        raise CheckpointError(f"{source}: no such folder, and no Hub id of the form organisation/name; check it")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -176,14 +178,14 @@ def _folder(source: str, revision: str | None) -> Path:
         ) from error
     except (OSError, ValueError) as error:  # errors of the network and of the Hub, offline mode, an impossible id
         raise CheckpointError(
-            f"{source}: no such folder here, and it cannot be had from the Hub ({first_line(error)}); "
+            f"{source}: no such folder here, and it cannot be had from the Hub ({one_line(error)}); "
             f"check the name and the network"
         ) from error
 
 
-def first_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of a library says, short enough for our one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,42 +197,33 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({first_line(error)}); the file is damaged") from error
+        raise CheckpointError(f"{path}: not valid JSON ({one_line(error)}); fetch the file again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__} where a JSON object belongs")
+        raise CheckpointError(f"{path}: holds a {type(value).__name__} where an object belongs; fetch the file again")
     return value
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Read where the tensors of a safetensors file lie, and check that the file is whole.
+    """Read where the tensors of a safetensors file lie.
 
     Raises:
-        CheckpointError: The header is damaged, or the file shorter or longer than its header says.
+        CheckpointError: The file is cut off or damaged.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER
-        if length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{path}: cut off in the header or no safetensors file; fetch it again")
-        raw = file.read(length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        base = 8 + length
-        entries = {
-            name: Entry(path.name, e["dtype"], tuple(e["shape"]), *(base + offset for offset in e["data_offsets"]))
-            for name, e in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: the header is damaged ({first_line(error)}); fetch the file again") from error
-    end = max((entry.stop for entry in entries.values()), default=base)
-    if end != size:
-        raise CheckpointError(f"{path}: {size:,} bytes, but its header needs {end:,}; fetch it again")
-    for name, entry in entries.items():
-        if entry.dtype in DTYPES and entry.stop - entry.start != entry.numel * DTYPES[entry.dtype].itemsize:
-            raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape; fetch it again")
-    return entries
+        with safe_open(path, framework="pt"):  # checks dtypes, shapes, offsets and the length of the file
+            pass
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size:,} bytes, no whole safetensors file ({one_line(error)}); fetch it again"
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(path.name, e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
+        for name, e in header.items()
+    }
 
 
 class Writer:
@@ -255,25 +248,41 @@ class Writer:
         """
         self.source, self.target, self.work = source, target, target / WORK
         check_target(source, target, overwrite)
+        self.journal = Journal(self.work / "journal")
         try:
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(parents=True)
-            self.journal = Journal(self.work / "journal")
-            self.journal.append({"run": run})
-            for shard in source.shards:
-                shutil.copyfile(source.folder / shard, self.work / shard)
-                self.journal.append({"copied": shard})
-        except OSError as error:
-            raise CheckpointError(f"{target}: cannot be written: {first_line(error)}") from error
+            with self._explained():
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(parents=True)
+                self.journal.append({"run": run})
+                for shard in source.shards:
+                    shutil.copyfile(source.folder / shard, self.work / shard)
+                    self.journal.append({"copied": shard})
+        except BaseException:
+            self._clear()
+            raise
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
-            with suppress(OSError):  # it was there before, or holds an earlier output
-                self.target.rmdir()
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what was not finished."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        with suppress(OSError):  # holds an earlier output
+            self.target.rmdir()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Make one line of ours of what the system says of a disk."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.target}: cannot be written ({one_line(error)}); make room there, or choose another --out"
+            ) from error
 
     def write(self, block: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Put the pruned tensors of a block in their places and note in the journal that the block is done.
@@ -287,7 +296,7 @@ class Writer:
         files: dict[str, list[str]] = {}
         for name in sorted(tensors):
             files.setdefault(self.source.entries[name].shard, []).append(name)
-        try:
+        with self._explained():
             for shard, names in files.items():
                 with (self.work / shard).open("r+b") as file:
                     for name in names:
@@ -298,8 +307,6 @@ class Writer:
                     file.flush()
                     os.fsync(file.fileno())
             self.journal.append({"block": block, "crc32": sums, "record": record})
-        except OSError as error:
-            raise CheckpointError(f"{self.work}: cannot be written: {first_line(error)}") from error
 
     def _bytes(self, name: str, tensor: Tensor) -> memoryview:
         entry = self.source.entries[name]
@@ -309,26 +316,42 @@ class Writer:
         return memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     def finish(self, files: Mapping[str, str]) -> None:
-        """Give everything its final name: shards, tokenizer and configs, `files` (name -> text), config.json last."""
-        try:
-            companions = {path.name for path in self.source.companions()} - set(files)
-            for name in companions:
-                shutil.copyfile(self.source.folder / name, self.work / name)
-            if (index := self.source.folder / INDEX).is_file():
-                shutil.copyfile(index, self.work / INDEX)
-                companions.add(INDEX)
+        """Give everything its final name: shards, tokenizer and configs, `files` (name -> text), config.json last.
+
+        An earlier output goes first, its config.json before all else, so that no mixture of two can be loaded.
+        """
+        copied = [path for path in (*self.source.companions(), self.source.folder / INDEX) if path.name not in files]
+        with self._explained():
+            for path in copied:
+                if path.is_file():
+                    shutil.copyfile(path, self.work / path.name)
             for name, text in files.items():
                 (self.work / name).write_text(text, encoding="utf-8")
             self.journal.append({"complete": True})
-            others = companions | set(files)
-            for stale in {*self.target.glob("*.safetensors"), self.target / INDEX}:  # of an output that is overwritten
-                if stale.name not in {*self.source.shards, *others}:
-                    stale.unlink(missing_ok=True)
-            for name in [*self.source.shards, *sorted(others - {"config.json"}), "config.json"]:
-                (self.work / name).replace(self.target / name)
+            names = sorted(path.name for path in self.work.iterdir() if path != self.journal.path)
+            names.sort(key=lambda name: (name == "config.json", not name.endswith(".safetensors")))
+            for name in names:
+                _sync(self.work / name)
+            for old in (self.target / "config.json", *self.target.glob("*.safetensors"), self.target / INDEX):
+                old.unlink(missing_ok=True)
+            try:
+                for name in names:
+                    (self.work / name).replace(self.target / name)
+            except OSError:
+                for name in names:
+                    (self.target / name).unlink(missing_ok=True)
+                raise
+            _sync(self.target)
             shutil.rmtree(self.work)
-        except OSError as error:
-            raise CheckpointError(f"{self.target}: cannot be written: {first_line(error)}") from error
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_target(source: Checkpoint, target: Path, overwrite: bool) -> None:
@@ -348,12 +371,13 @@ def check_target(source: Checkpoint, target: Path, overwrite: bool) -> None:
         if not overwrite:
             raise CheckpointError(f"{target}: holds an earlier run; choose another --out or add --overwrite")
     parent = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{parent}: no permission to write; choose another --out")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{target}: {parent} is no folder to write to; choose another --out")
     free = shutil.disk_usage(parent).free
     if free < source.nbytes * 1.01:
         raise CheckpointError(
-            f"{target}: {source.nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk"
+            f"{target}: {source.nbytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on that disk; "
+            f"free some, or choose another --out"
         )
 
 
@@ -376,7 +400,7 @@ class Journal:
         records = []
         for line in self.path.read_bytes().splitlines(keepends=True):
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(body):
+            if not line.endswith(b"\n") or not body or checksum != b"%08x" % zlib.crc32(body):
                 break
             records.append(json.loads(body))
         return records

@@ -62,7 +62,7 @@ class Prune:
         from sparsegpt_lite.pipeline import prune
 
         pattern = self.config.sparsity.replace(":", "of")
-        out = self.out or Path(f"{Path(self.model).name}-{self.config.method}-{pattern}")
+        out = self.out or Path(f"{Path(self.model).resolve().name}-{self.config.method}-{pattern}")
         report = prune(
             self.model,
             out,
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on busy cores slow small solves tenfold
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("prune", argv)
     try:

@@ -65,7 +65,7 @@ class PruneConfig:
             try:
                 re.compile(self.skip)
             except re.error as error:
-                raise ConfigError(f"--skip {self.skip}: not a regular expression ({error})") from error
+                raise ConfigError(f"--skip {self.skip}: not a regular expression ({error}); correct it") from error
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsegpt_lite.checkpoint import DTYPES, Checkpoint
+from sparsegpt_lite.checkpoint import DTYPES, REPORT, Checkpoint, read_json
 from sparsegpt_lite.masks import obeys
 from sparsegpt_lite.report import aligned
-from sparsegpt_lite.sparsity import NofM
+from sparsegpt_lite.sparsity import NofM, parse
 
-PATTERNS = (NofM(1, 4), NofM(2, 4), NofM(2, 8), NofM(4, 8))  # the sparser ones first
+PATTERNS = (NofM(1, 4), NofM(2, 8), NofM(1, 2), NofM(2, 4), NofM(4, 8))  # the stricter ones first
 
 
 def inspect(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -21,6 +21,7 @@ def inspect(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         along its last dimension or, as GPT-2's layers lie, `transposed`; null where it obeys none.
     """
     found = []
+    patterns = _patterns(checkpoint)
     for name, entry in sorted(checkpoint.entries.items()):
         if len(entry.shape) < 2 or entry.dtype not in DTYPES or not DTYPES[entry.dtype].is_floating_point:
             continue
@@ -34,14 +35,21 @@ def inspect(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             "zeros": zeros,
             "negative_zeros": int((zero & W.signbit()).sum()) if zeros else 0,
             "sparsity": zeros / entry.numel if entry.numel else 0.0,
-            "pattern": _pattern(W, zeros / entry.numel) if zeros else None,
+            "pattern": _pattern(W, zeros / entry.numel, patterns) if zeros else None,
         })  # fmt: skip
     return found
 
 
-def _pattern(W: Tensor, sparsity: float) -> str | None:
-    """Tightest N:M pattern that all rows obey, or all columns."""
-    for pattern in PATTERNS:
+def _patterns(checkpoint: Checkpoint) -> list[NofM]:
+    """Patterns to look for: the one that our report names, if there is one, and the usual ones."""
+    report = checkpoint.folder / REPORT
+    named = parse(read_json(report).get("config", {}).get("sparsity", "0")) if report.is_file() else None
+    return [*([named] if isinstance(named, NofM) else []), *PATTERNS]
+
+
+def _pattern(W: Tensor, sparsity: float, patterns: list[NofM]) -> str | None:
+    """First N:M pattern that all rows obey, or all columns."""
+    for pattern in patterns:
         if sparsity < 1 - pattern.n / pattern.m - 1e-9:
             continue
         if obeys(W.flatten(0, -2), pattern):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from sparsegpt_lite import memory
 from sparsegpt_lite.activations import BlockCall, SuspendedForwards
 from sparsegpt_lite.blocks import BlockModel, LoadedModel, Matrix, StreamedModel, matrices
-from sparsegpt_lite.calibration import Windows, default_seqlen, draw, load_tokenizer, open_text
+from sparsegpt_lite.calibration import Windows, draw, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import REPORT, Checkpoint, Writer, check_target
 from sparsegpt_lite.config import PruneConfig
 from sparsegpt_lite.errors import CalibrationError, ConfigError, ModelError, SparseGPTError
@@ -82,6 +82,7 @@ def prune(  # noqa: PLR0913, the public door
         for row in report.matrices:
             row.name = model.disk_name(row.name)
         report.dense = {model.disk_name(name): reason for name, reason in report.dense.items()}
+        report.dense |= dict.fromkeys(model.surplus(), "not in the model that config.json describes")
         report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
         report.target, report.seconds = str(target), time.monotonic() - started
         writer.finish({REPORT: report.to_json()})
@@ -162,7 +163,8 @@ def prune_blocks(
             memory.give_back()
             bar.update()
     if not report.matrices:
-        raise ModelError(f"{report.source}: no matrix was pruned; {len(report.dense)} were left dense")
+        reason = next(iter(report.dense.values()), "it has none")
+        raise ModelError(f"{report.source}: no matrix can be pruned ({reason}); choose another model")
 
 
 class Seen(NamedTuple):
@@ -177,7 +179,7 @@ def observed(found: list[Matrix], calls: list[BlockCall]) -> Iterator[Seen]:
     """Run the waiting calls of a dense block; give every matrix that was used, with what it saw."""
     for matrix in found:
         if not bool(matrix.read().isfinite().all()):
-            raise ModelError(f"{matrix.name}: the weights hold NaN or infinity; the checkpoint is damaged")
+            raise ModelError(f"{matrix.name}: the weights hold NaN or infinity; fetch the checkpoint again")
     with Observer({matrix.name: (matrix.module, matrix.d_in) for matrix in found}) as observer:
         for call in calls:
             observer.start_call()
@@ -242,10 +244,12 @@ def check_shapes(model: BlockModel, config: PruneConfig) -> None:
     """Refuse a pattern that some matrix cannot have, before anything is read.
 
     Raises:
-        ConfigError: Naming the first such matrix.
+        ConfigError: Naming the first such matrix; or nothing is left to prune.
     """
     pattern = parse(config.sparsity)
     found = [m for name, block in model.blocks.items() for m in matrices(name, block, config.skip)[0]]
+    if config.skip and not found:
+        raise ConfigError(f"--skip {config.skip}: leaves nothing to prune; make it narrower")
     misfits = [(m, reason) for m in found if (reason := pattern.misfit(m.d_in))]
     if misfits:
         matrix, reason = misfits[0]
@@ -262,7 +266,7 @@ def calibrate(checkpoint: Checkpoint, model_config: Any, config: PruneConfig) ->
         CalibrationError: Too little text, or tokens that the model does not know.
     """
     tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
-    seqlen = config.seqlen or default_seqlen(model_config)
+    seqlen = window_length(config.seqlen, model_config)
     text = open_text(config.text or config.dataset, "train", config.text_column, config.seed)
     windows = draw(text, tokenizer, config.nsamples, seqlen, config.seed)
     check_vocabulary(windows, model_config)
@@ -279,7 +283,7 @@ def check_vocabulary(windows: Windows, model_config: Any) -> None:
     if largest >= size:
         raise CalibrationError(
             f"{windows.dataset}: token {largest} is outside the model's vocabulary of {size}; "
-            f"the tokenizer belongs to another model"
+            f"use the tokenizer that came with the model"
         )
 
 
@@ -313,11 +317,11 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name}: unknown; choose cpu, cuda or cuda:N") from error
+        raise ConfigError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: only cpu and cuda are supported")
+        raise ConfigError(f"--device {name}: no such device for us; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or another")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from sparsegpt_lite.calibration import Text, Windows, cut, default_seqlen, draw, load_tokenizer, open_text
+from sparsegpt_lite.calibration import Text, Windows, cut, draw, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.errors import CalibrationError, CheckpointError
 
@@ -354,7 +354,7 @@ def test_rows_without_text_are_left_out(bos):
     assert torch.equal(first.tokens, second.tokens)
 
 
-# ---- default_seqlen, load_tokenizer ----------------------------------------------------------------------------------
+# ---- window_length, load_tokenizer -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,21 +369,21 @@ def test_rows_without_text_are_left_out(bos):
     ],
 )
 def test_default_seqlen(family, options, seqlen, checkpoint):
-    assert default_seqlen(AutoConfig.from_pretrained(checkpoint(family, **options))) == seqlen
+    assert window_length(None, AutoConfig.from_pretrained(checkpoint(family, **options))) == seqlen
 
 
 @pytest.mark.parametrize("longest", [None, 0, -1, "long"])
 def test_default_seqlen_of_an_odd_config(longest):
     config = SimpleNamespace(max_position_embeddings=longest)
     config.get_text_config = lambda: config
-    assert default_seqlen(config) == 2048
+    assert window_length(None, config) == 2048
 
 
 def test_default_seqlen_looks_at_the_text_model():
     config = SimpleNamespace(
         max_position_embeddings=7, get_text_config=lambda: SimpleNamespace(max_position_embeddings=99)
     )
-    assert default_seqlen(config) == 99
+    assert window_length(None, config) == 99
 
 
 def test_folder_without_a_tokenizer(checkpoint, tmp_path):
