@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsegpt_lite.config import EvalConfig, MaybeStr, PruneConfig
-from sparsegpt_lite.errors import SparseGPTError
+from sparsegpt_lite.errors import ConfigError, SparseGPTError
 
 PROGRAM = "sparsegpt-lite"
 USAGE = """\
@@ -48,6 +48,8 @@ class Prune:
     config: tyro.conf.OmitArgPrefixes[PruneConfig] = field(default_factory=PruneConfig)
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Output folder; MODEL-METHOD-SPARSITY in the current folder by default."""
+    repeat: Annotated[str | None, tyro.conf.arg(name="from", metavar="REPORT")] = None
+    """Take model and options from the sparsity.json of an earlier run; what is typed besides goes before them."""
     overwrite: bool = False
     """Replace an earlier output in that folder."""
     eval: MaybeStr = None
@@ -156,6 +158,21 @@ class Demo:
         print(json.dumps(result, indent=1) if self.json else table(result))
 
 
+def _earlier_run(argv: list[str]) -> Prune | None:
+    """Model and options of the report behind `--from`, if it is there."""
+    pairs = zip(argv, [*argv[1:], ""], strict=False)
+    given = [(option, value) for option, value in pairs if option.partition("=")[0] == "--from"]
+    if not given:
+        return None
+    option, value = given[-1]
+    path = option.partition("=")[2] or value
+    try:
+        report = json.loads(Path(path).read_bytes())
+        return Prune(model=report["source"], config=PruneConfig(**report["config"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--from {path}: no report of ours ({error}); give the sparsity.json of a run") from error
+
+
 COMMANDS: dict[str, type[Prune] | type[Eval] | type[Inspect] | type[Demo]] = {
     "prune": Prune,
     "eval": Eval,
@@ -173,7 +190,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("prune", argv)
     try:
-        command = tyro.cli(COMMANDS[name], args=rest, prog=f"{PROGRAM} {name}", config=(tyro.conf.FlagCreatePairsOff,))
+        options: dict[str, Any] = {"prog": f"{PROGRAM} {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
+        if name == "prune" and (earlier := _earlier_run(rest)):
+            options["default"] = earlier
+        command = tyro.cli(COMMANDS[name], args=rest, **options)
         if getattr(command, "quiet", False):
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         command.run()

@@ -228,6 +228,47 @@ def test_command_line_prunes_evaluates_and_reports(
     assert dense["digest"] == pruned["digest"]
 
 
+def test_a_report_repeats_its_run(checkpoint: Make, text_file: Path, tmp_path: Path) -> None:
+    first = [
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.3",
+        "--text",
+        str(text_file),
+        "--nsamples",
+        "8",
+        "--seqlen",
+        "32",
+        "-q",
+    ]
+    assert main([str(checkpoint("llama")), *first, "--out", str(tmp_path / "a")]) == 0
+    assert main(["--from", str(tmp_path / "a" / "sparsity.json"), "--out", str(tmp_path / "b"), "-q"]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    again = [f"--from={tmp_path / 'a' / 'sparsity.json'}", "--sparsity", "2:4", "--out", str(tmp_path / "c"), "-q"]
+    assert main(again) == 0
+    config = json.loads((tmp_path / "c" / "sparsity.json").read_text())["config"]
+    assert (config["sparsity"], config["method"]) == ("2:4", "wanda")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"source": "x", "config": {"unknown": 1}}'])
+def test_what_is_no_report_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "report.json").write_text(text)
+    assert main(["--from", str(tmp_path / "report.json")]) == 1
+    assert "no report of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [[], ["prune"], ["eval"], ["--sparsity", "0.5"], ["x", "--unknown"]])
+def test_usage_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+    try:
+        code = main(argv)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_forwards_are_left_as_they_were(checkpoint: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
