@@ -244,9 +244,15 @@ class StreamedModel:
 
         Raises:
             CheckpointError: Some of its weights are not on disk.
+            ModelError: It shares weights with another block.
         """
         self._load(lambda target: target.startswith(f"{block}."))
         left = [n for n, t in self.blocks[block].state_dict(keep_vars=True).items() if t.is_meta]
+        tied = [name for name in left if f"{block}.{name}" in self.module.all_tied_weights_keys]
+        if tied:
+            raise ModelError(
+                f"{block}.{tied[0]}: is shared between blocks, which is not supported; choose another model"
+            )
         if left:
             raise CheckpointError(_not_on_disk(self.checkpoint, [f"{block}.{name}" for name in left]))
 

@@ -53,7 +53,7 @@ class Windows:
     @property
     def digest(self) -> str:
         """SHA-256 of the shape and the little-endian int64 tokens."""
-        data = self.tokens.to(torch.int64).contiguous().numpy().astype("<i8")
+        data = self.tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8")
         return hashlib.sha256(str(list(self.tokens.shape)).encode() + data.tobytes()).hexdigest()
 
     def describe(self) -> dict[str, Any]:

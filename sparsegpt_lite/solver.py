@@ -37,12 +37,13 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     """Factor the inverse of the damped Hessian, H⁻¹ = Uᵀ U with U upper triangular (section 3.3).
 
     Row j of U, over its diagonal element, is what all later columns owe to column j when it is changed. An input
-    that was always zero gets a diagonal of one first, so that it is alone.
+    that was always zero gets the mean diagonal of the others, so that it is alone; the official code gives it a one,
+    which would make the damping depend on the scale of H.
 
     Args:
         H: [d_in, d_in], symmetric, fp32 or fp64.
-        damping: Fraction of the mean diagonal to add. Where H is not positive definite then, ten times and at last
-            a hundred times as much (of 0.01 at least) is tried.
+        damping: Fraction of the mean diagonal, that of inputs which were not always zero, to add. Where H is not
+            positive definite then, ten times and at last a hundred times as much (of 0.01 at least) is tried.
 
     Returns:
         U and the damping that was used.
@@ -50,17 +51,19 @@ def inverse_factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
     Raises:
         SolverError: Not positive definite at the largest damping either.
     """
-    diagonal = H.diagonal()
-    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
+    live = H.diagonal() != 0
+    scale = H.diagonal()[live].mean() if bool(live.any()) else H.new_ones(())
+    diagonal = torch.where(live, H.diagonal(), scale)
     for used in (damping, 10 * max(damping, 0.01), 100 * max(damping, 0.01)):
-        damped = H.clone()
-        damped.diagonal().copy_(diagonal + used * diagonal.mean())
-        L, failed = torch.linalg.cholesky_ex(damped)
+        factor = H.clone()
+        factor.diagonal().copy_(diagonal + used * scale)
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if int(failed):
             continue
-        U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        factor = torch.cholesky_inverse(factor)
+        factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
         if not int(failed):
-            return U, used
+            return factor, used
     raise SolverError(
         f"the Hessian of {H.shape[0]} inputs is not positive definite (column {int(failed) - 1}) even with a damping "
         f"of {used:g}: give more calibration text, or a larger --damping"

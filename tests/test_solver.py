@@ -34,9 +34,13 @@ def layer(d_out: int, d_in: int, seed: int = 0, dead: tuple[int, ...] = ()) -> t
 
 
 def damped(H: Tensor, damping: float = DAMPING) -> Tensor:
-    """Put one on the diagonal for dead inputs, then add a fraction of the mean diagonal, as the official code does."""
-    H = H.double() + torch.diag((H.diagonal() == 0).double())
-    return H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+    """Add a fraction of the mean diagonal, as the official code does; dead inputs get the mean of the others first.
+
+    The official code gives them a one, which in its scale of H, 2 / nsamples times the sum over all tokens, is small.
+    """
+    H = H.double()
+    mean = H.diagonal()[H.diagonal() != 0].mean()
+    return H + torch.diag((H.diagonal() == 0) * mean + damping * mean)
 
 
 def tolerance(W: Tensor, H: Tensor, dtype: torch.dtype, damping: float = DAMPING) -> float:
@@ -178,6 +182,13 @@ def test_any_block_size_equals_the_reference(pattern: str, block_size: int) -> N
     W, H = (tensor.double() for tensor in layer(7, 40, seed=3))
     found = sparsegpt(W, H, parse(pattern), DAMPING, block_size)
     assert_equal_solutions(found, expected(W, H, parse(pattern), block_size), tolerance(W, H, W.dtype))
+
+
+def test_dead_inputs_do_not_make_the_damping_depend_on_the_scale() -> None:
+    W, H = layer(6, 32, seed=4, dead=(0, 1, 2, 9, 31))
+    small, large = (prune_layer(W, scale * H, "0.5") for scale in (2.0**-20, 2.0**20))
+    assert torch.equal(small.mask, large.mask)
+    assert torch.allclose(small.W, large.W, rtol=0, atol=tolerance(W, H, torch.float32))
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5"])
