@@ -63,7 +63,6 @@ def prune(  # noqa: PLR0913, the public door
     """
     config, target = config or PruneConfig(), Path(target).expanduser()
     device = pick_device(config.device)
-    started = time.monotonic()
     checkpoint = Checkpoint(source, config.revision)
     check_target(checkpoint, target, overwrite)
     model = StreamedModel(checkpoint, device, pick_dtype(config.dtype), config.trust_remote_code)
@@ -71,6 +70,7 @@ def prune(  # noqa: PLR0913, the public door
     calibration = calibration or calibrate(checkpoint, model.module.config, config)
     report = new_report(model, str(source), calibration, config)
     report.perplexity = [evaluate(str(source))] if evaluate else []
+    started = time.monotonic()
     with Writer(checkpoint, target, {"source": str(source), "config": report.config}, overwrite) as writer:
 
         def write(block: str, rows: list[MatrixReport]) -> None:
@@ -109,12 +109,14 @@ def prune_model(
     config, loaded = config or PruneConfig(), LoadedModel(model)
     calibration = Windows(tokens, "given tokens", "-", "as given")
     check_shapes(loaded, config)
+    report = new_report(loaded, model.name_or_path or type(model).__name__, calibration, config)
     training, started = model.training, time.monotonic()
     model.eval()
-    with memory.PeakMemory(loaded.device) as peak:
-        report = new_report(loaded, model.name_or_path or type(model).__name__, calibration, config)
-        prune_blocks(loaded, tokens, config, report, lambda block, rows: None, progress)
-    model.train(training)
+    try:
+        with memory.PeakMemory(loaded.device) as peak:
+            prune_blocks(loaded, tokens, config, report, lambda block, rows: None, progress)
+    finally:
+        model.train(training)
     report.seconds = time.monotonic() - started
     report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
     return report

@@ -37,7 +37,10 @@ class MatrixReport:
 
 @dataclass
 class PruneReport:
-    """What a run did; `sparsity.json` beside the pruned weights."""
+    """What a run did; `sparsity.json` beside the pruned weights.
+
+    `seconds` covers copying, forwards, solving and writing; the peaks are bytes, on the host those that no file backs.
+    """
 
     source: str
     command: str
