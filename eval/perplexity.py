@@ -8,6 +8,7 @@ last one is left out. Each window predicts seqlen - 1 tokens; perplexity is exp 
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,14 @@ from transformers import PreTrainedModel
 
 from sparsegpt_lite import memory
 from sparsegpt_lite.activations import SuspendedForwards
-from sparsegpt_lite.blocks import BlockModel, LoadedModel, StreamedModel
-from sparsegpt_lite.calibration import Windows, cut, load_tokenizer, open_text, window_length
+from sparsegpt_lite.blocks import BlockModel, LoadedModel, StreamedModel, pick_device, pick_dtype
+from sparsegpt_lite.calibration import Windows, check_vocabulary, cut, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.config import EvalConfig
 from sparsegpt_lite.errors import CalibrationError
-from sparsegpt_lite.pipeline import check_vocabulary, pick_device, pick_dtype
 from sparsegpt_lite.report import aligned, installed_versions
 
+PASS = 256  # windows
 SPLITS = {"c4": "validation", "allenai/c4": "validation"}
 
 
@@ -90,7 +91,8 @@ def perplexity(
         streamed.load_outer(head=True)
         loaded, name = streamed, str(model)
     check_vocabulary(windows, loaded.module.config)
-    losses = window_losses(loaded, windows.tokens, config.batch_size, progress)  # [windows]
+    with loaded if isinstance(loaded, LoadedModel) else nullcontext():
+        losses = window_losses(loaded, windows.tokens, config.batch_size, progress)  # [windows]
     predicted = windows.tokens.shape[0] * (windows.tokens.shape[1] - 1)
     nll = float(losses.sum()) / predicted
     if not math.isfinite(nll):
@@ -98,7 +100,7 @@ def perplexity(
         raise CalibrationError(f"{name}: the loss of {broken} windows is NaN or infinite; try --dtype float32")
     return Perplexity(
         model=name,
-        perplexity=math.exp(nll),
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
         nll=nll,
         tokens=predicted,
         data=windows.describe(),
@@ -110,7 +112,7 @@ def perplexity(
 
 
 def comparison(results: list[Perplexity]) -> str:
-    """Lay results on the same text out as a table, the first one the baseline of the others."""
+    """Lay results on the same windows out as a table, the first one the baseline of the others."""
     rows = [("model", "perplexity", "nll", "ln ratio to the first")]
     for result in results:
         gap = "" if result is results[0] else f"{result.nll - results[0].nll:+.4f}"
@@ -132,19 +134,26 @@ def evaluation_windows(checkpoint: Checkpoint, model_config: Any, config: EvalCo
 
 
 def window_losses(model: BlockModel, tokens: Tensor, batch_size: int, progress: bool) -> Tensor:
-    """Summed negative log-likelihood of each window in nats: int64 [windows, seqlen] -> fp64 [windows], on the CPU."""
-    forwards = [partial(_forward, model, batch) for batch in tokens.split(batch_size)]
-    with (
-        SuspendedForwards(model.blocks, forwards) as suspended,
-        tqdm(total=len(model.blocks), desc="evaluating", unit="block", disable=not progress, file=sys.stderr) as bar,
-    ):
-        while (block := suspended.block) is not None:
-            model.load(block)
-            suspended.advance()
-            model.drop(block)
-            memory.give_back()
-            bar.update()
-    return torch.cat(suspended.results)
+    """Summed negative log-likelihood of each window in nats: int64 [windows, seqlen] -> fp64 [windows], on the CPU.
+
+    At most PASS windows are under way together, which bounds the memory; for more, the model is read again.
+    """
+    losses, passes = [], tokens.split(PASS)
+    bar = tqdm(
+        total=len(passes) * len(model.blocks), desc="evaluating", unit="block", disable=not progress, file=sys.stderr
+    )
+    with bar:
+        for some in passes:
+            forwards = [partial(_forward, model, batch) for batch in some.split(batch_size)]
+            with SuspendedForwards(model.blocks, forwards) as suspended:
+                while (block := suspended.block) is not None:
+                    model.load(block)
+                    suspended.advance()
+                    model.drop(block)
+                    memory.give_back()
+                    bar.update()
+            losses += suspended.results
+    return torch.cat(losses)
 
 
 def _forward(model: BlockModel, batch: Tensor) -> Tensor:

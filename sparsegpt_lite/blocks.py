@@ -5,10 +5,11 @@ loader and emptied again. Everything private of transformers is called here and 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -22,7 +23,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig
@@ -30,9 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, one_line
-from sparsegpt_lite.errors import CheckpointError, ModelError
+from sparsegpt_lite.errors import CheckpointError, ConfigError, ModelError
 
 # Layers that choose instead of computing: a wrong choice costs more than their few weights save.
+LEFT_OUT = "left out by --skip"
 CHOOSERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|modality_router|indexer)(\.|$)")
 
 
@@ -57,29 +58,38 @@ class Matrix:
         weight: Tensor = self.module.weight.data  # type: ignore[assignment]
         return weight.T if isinstance(self.module, Conv1D) else weight
 
-    def replace(self, W: Tensor) -> None:
-        """Put W [d_out, d_in] in the place of the weight, cast to its dtype; -0.0 becomes +0.0."""
+    def replace(self, W: Tensor, stored: torch.dtype) -> None:
+        """Put W [d_out, d_in] in the place of the weight, with the values that it has in the dtype `stored` on disk.
+
+        Zeros are +0.0. A kept weight that would vanish in one of the dtypes becomes the smallest number that does not.
+        """
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        new = (W.T if isinstance(self.module, Conv1D) else W).to(weight.dtype)
-        weight.data = torch.where(new == 0, 0, new).contiguous()
+        W = W.T if isinstance(self.module, Conv1D) else W
+        new = W.to(weight.dtype).to(stored)
+        smallest = max(torch.finfo(t).smallest_normal * torch.finfo(t).eps for t in (weight.dtype, stored))
+        vanished = (new == 0) & (W != 0)
+        new = torch.where(vanished, torch.copysign(torch.tensor(smallest, device=W.device), W).to(stored), new)
+        weight.data = torch.where(new == 0, 0, new).to(weight.dtype).contiguous()
 
 
-def matrices(block_name: str, block: nn.Module, skip: str | None) -> tuple[list[Matrix], dict[str, str]]:
+def matrices(model: "BlockModel", block: str, skip: str | None) -> tuple[list[Matrix], dict[str, str]]:
     """List what can be pruned in a block, and why its other weights of two or more dimensions stay dense."""
     found: list[Matrix] = []
     dense: dict[str, str] = {}
-    for path, module in block.named_modules():
+    for path, module in model.blocks[block].named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = ".".join(filter(None, (block_name, path, leaf)))
+            name = ".".join(filter(None, (block, path, leaf)))
             if parameter.ndim < 2:
                 continue
+            stored = model.stored(name)
             if leaf != "weight" or not isinstance(module, (nn.Linear, Conv1D)):
-                kind = type(module).__name__
-                dense[name] = f"not a linear layer ({kind} {list(parameter.shape)})"
+                dense[name] = f"not a linear layer ({type(module).__name__} {list(parameter.shape)})"
             elif CHOOSERS.search(path):
                 dense[name] = "chooses between experts or tokens"
-            elif skip and re.search(skip, name):
-                dense[name] = "left out by --skip"
+            elif stored is None:
+                dense[name] = "is stored in parts or fused on disk"
+            elif skip and (re.search(skip, name) or re.search(skip, stored[0])):
+                dense[name] = LEFT_OUT
             else:
                 shape = parameter.shape[::-1] if isinstance(module, Conv1D) else parameter.shape
                 found.append(Matrix(name, module, *shape))
@@ -130,20 +140,45 @@ class BlockModel(Protocol):
     def drop(self, block: str) -> None:
         """Free them again."""
 
+    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
+        """Name and dtype of a parameter where it is kept; None where it is no tensor of its own there."""
+
 
 class LoadedModel:
-    """A model that is in memory already."""
+    """A model that is in memory already; in evaluation mode while in context."""
 
     def __init__(self, module: PreTrainedModel) -> None:
+        """Find the blocks of a model.
+
+        Raises:
+            ModelError: It has none, or two of them share a weight.
+        """
         self.module = module
         self.blocks = find_blocks(module)
         self.device = module.device
+        owner: dict[int, str] = {}
+        for name, block in self.blocks.items():
+            for parameter in block.parameters():
+                if owner.setdefault(id(parameter), name) != name:
+                    raise ModelError(_shared(name, owner[id(parameter)]))
+
+    def __enter__(self) -> "LoadedModel":
+        self._training = self.module.training
+        self.module.eval()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.module.train(self._training)
 
     def load(self, block: str) -> None:
         """Nothing to do."""
 
     def drop(self, block: str) -> None:
         """Nothing to do."""
+
+    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
+        """Its own name and dtype."""
+        return parameter, self.module.get_parameter(parameter).dtype
 
 
 class StreamedModel:
@@ -173,7 +208,7 @@ class StreamedModel:
 
         Raises:
             CheckpointError: A parameter has no tensor on disk, or one of another shape.
-            ModelError: transformers does not know the model, or it has no blocks.
+            ModelError: transformers does not know the model, it has no blocks, or two of them share a weight.
         """
         self.checkpoint, self.device = checkpoint, device
         self.dtype = dtype or disk_dtype(checkpoint)
@@ -181,6 +216,7 @@ class StreamedModel:
         self.blocks = find_blocks(self.module)
         self._mapping = get_model_conversion_mapping(self.module)
         self._targets = self._map_names()
+        self._disk = {target: name for name, (target, converts) in self._targets.items() if not converts}
         self._check_names()
 
     def _map_names(self) -> dict[str, tuple[str, bool]]:
@@ -200,13 +236,19 @@ class StreamedModel:
         """Compare what the model needs with what is on disk, as far as no conversion stands between them."""
         state = self.module.state_dict()
         tied = self.module.all_tied_weights_keys
+        for target, source in tied.items():
+            a, b = (next((n for n in self.blocks if name.startswith(f"{n}.")), None) for name in (target, source))
+            if a and b and a != b:
+                raise ModelError(_shared(a, b))
         there = {target for target, _ in self._targets.values()}
         converted = any(converts for _, converts in self._targets.values())
         missing = [n for n in state if n not in there and n not in tied and n not in tied.values()]
         if missing and not converted:
             raise CheckpointError(_not_on_disk(self.checkpoint, missing))
         for name, (target, converts) in self._targets.items():
-            shape = self.checkpoint.entries[name].shape
+            shape, dtype = self.checkpoint.entries[name].shape, self.checkpoint.entries[name].dtype
+            if target in state and dtype not in DTYPES:
+                raise CheckpointError(f"{self.checkpoint.folder}: {name} is {dtype} on disk; give the dense model")
             if not converts and target in state and tuple(state[target].shape) != shape:
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} is {list(shape)} on disk, but config.json asks for "
@@ -244,15 +286,9 @@ class StreamedModel:
 
         Raises:
             CheckpointError: Some of its weights are not on disk.
-            ModelError: It shares weights with another block.
         """
         self._load(lambda target: target.startswith(f"{block}."))
         left = [n for n, t in self.blocks[block].state_dict(keep_vars=True).items() if t.is_meta]
-        tied = [name for name in left if f"{block}.{name}" in self.module.all_tied_weights_keys]
-        if tied:
-            raise ModelError(
-                f"{block}.{tied[0]}: is shared between blocks, which is not supported; choose another model"
-            )
         if left:
             raise CheckpointError(_not_on_disk(self.checkpoint, [f"{block}.{name}" for name in left]))
 
@@ -278,41 +314,46 @@ class StreamedModel:
         state = self.module.state_dict()
         return [n for n, (target, converts) in self._targets.items() if not converts and target not in state]
 
+    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
+        """Name and dtype of a parameter on disk; None where it is not there as one tensor."""
+        name = self._disk.get(parameter)
+        return (name, DTYPES[self.checkpoint.entries[name].dtype]) if name else None
+
     def disk_name(self, parameter: str) -> str:
-        """Name of a parameter in the checkpoint; its name in the model where it is stored in parts."""
-        return next((n for n, target in self._targets.items() if target == (parameter, False)), parameter)
+        """Name of a parameter in the checkpoint; its name in the model where it has none there."""
+        return self._disk.get(parameter, parameter)
 
-    def on_disk(self, block: str, changed: set[str]) -> dict[str, Tensor]:
-        """Give changed parameters of the loaded block as the tensors of the checkpoint that hold them.
+    def on_disk(self, changed: set[str]) -> dict[str, Tensor]:
+        """Give changed parameters of the loaded block by their names in the checkpoint."""
+        return {self._disk[name]: self.module.get_parameter(name).data for name in changed}
 
-        Args:
-            block: A loaded block.
-            changed: Parameters by their names in the model.
 
-        Returns:
-            On-disk name -> tensor.
-        """
-        plain = {name: target for name, (target, converts) in self._targets.items() if not converts}
-        plain = {name: target for name, target in plain.items() if target in changed}
-        tensors = {name: self.module.get_parameter(target).data for name, target in plain.items()}
-        if rest := changed - set(plain.values()):
-            tensors |= self._converted_back(block, rest)
-        return tensors
+def pick_device(name: str) -> torch.device:
+    """Device of a `--device` option.
 
-    def _converted_back(self, block: str, changed: set[str]) -> dict[str, Tensor]:
-        """Undo transformers' conversion of the loaded block; keep the tensors that differ from the disk."""
-        tied = self.module.all_tied_weights_keys
-        state = {f"{block}.{n}": t for n, t in self.blocks[block].state_dict().items() if f"{block}.{n}" not in tied}
-        reverted = revert_weight_conversion(self.module, state)
-        names = [n for n, (target, converts) in self._targets.items() if converts and target.startswith(f"{block}.")]
-        result = {}
-        for name in names:
-            if name not in reverted:
-                raise ModelError(f"{name}: {type(self.module).__name__} cannot give it back under its name on disk")
-            before, after = self.checkpoint.read(name), reverted[name].to("cpu")
-            if not torch.equal(before, after.to(before.dtype)):
-                result[name] = after
-        return result
+    Raises:
+        ConfigError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: no such device for us; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or another")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """Dtype of a `--dtype` option; None for auto."""
+    return None if name == "auto" else getattr(torch, name)
+
+
+def _shared(a: str, b: str) -> str:
+    return f"{a}: shares weights with {b}, which is not supported; choose another model"
 
 
 def _not_on_disk(checkpoint: Checkpoint, missing: list[str]) -> str:
@@ -372,13 +413,13 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor  # type: ignore[assignment]
 
 
-class _without_bars:  # noqa: N801, a context manager in the manner of contextlib
+@contextmanager
+def _without_bars() -> Iterator[None]:
     """Keep transformers from drawing a progress bar for every block."""
-
-    def __enter__(self) -> None:
-        self.enabled: bool = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.enabled:
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
             logging.enable_progress_bar()

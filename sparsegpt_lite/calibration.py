@@ -281,3 +281,20 @@ def window_length(asked: int | None, model_config: Any) -> int:
     if asked and asked > longest:
         raise CalibrationError(f"--seqlen {asked}: the model has {longest} positions; lower --seqlen")
     return asked or min(2048, longest)
+
+
+def check_vocabulary(windows: Windows, model_config: Any) -> None:
+    """Refuse what the model cannot read: tokens outside its vocabulary, or another shape than [windows, seqlen].
+
+    Raises:
+        CalibrationError: Saying which.
+    """
+    shape = list(windows.tokens.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+        raise CalibrationError(f"{windows.dataset}: windows of shape {shape}; give [windows, seqlen], seqlen from 2")
+    size, largest = model_config.get_text_config().vocab_size, int(windows.tokens.max())
+    if largest >= size:
+        raise CalibrationError(
+            f"{windows.dataset}: token {largest} is outside the model's vocabulary of {size}; "
+            f"use the tokenizer that came with the model"
+        )

@@ -129,10 +129,16 @@ class Checkpoint:
         """Size of all shards in bytes."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
+    @property
+    def commit(self) -> str | None:
+        """Commit of a Hub repository; None for a folder that is no snapshot."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
+
     def companions(self) -> list[Path]:
-        """Files that come along unchanged: configs, tokenizer, licence."""
+        """Files that come along unchanged: configs, tokenizer, licence, the index of the shards where it is in use."""
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.name not in (INDEX, REPORT))
+        found = {path for path in found if path.name != REPORT and not path.name.endswith(".index.json")}
+        return sorted(found | ({self.folder / INDEX} if self.shards != [SINGLE] else set()))
 
     @contextmanager
     def slices(self, names: Sequence[str], folder: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -163,7 +169,9 @@ def _folder(source: str, revision: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *COMPANIONS]))
+        # not what lies in folders, nor a second copy of the weights as Mistral's models have it
+        patterns = {"allow_patterns": ["*.safetensors", *COMPANIONS], "ignore_patterns": ["*/*", "consolidated*"]}
+        return Path(snapshot_download(source, revision=revision, **patterns))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{source}: a gated model; ask for access at its page on the Hub, then run `hf auth login`"
@@ -256,7 +264,9 @@ class Writer:
                 self.journal.append({"run": run})
                 for shard in source.shards:
                     shutil.copyfile(source.folder / shard, self.work / shard)
+                    _sync(self.work / shard)
                     self.journal.append({"copied": shard})
+                _sync(self.work)
         except BaseException:
             self._clear()
             raise
@@ -320,11 +330,9 @@ class Writer:
 
         An earlier output goes first, its config.json before all else, so that no mixture of two can be loaded.
         """
-        copied = [path for path in (*self.source.companions(), self.source.folder / INDEX) if path.name not in files]
         with self._explained():
-            for path in copied:
-                if path.is_file():
-                    shutil.copyfile(path, self.work / path.name)
+            for path in self.source.companions():
+                shutil.copyfile(path, self.work / path.name)
             for name, text in files.items():
                 (self.work / name).write_text(text, encoding="utf-8")
             self.journal.append({"complete": True})

@@ -6,16 +6,17 @@ Results go to stdout, progress and errors to stderr. torch and transformers load
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from sparsegpt_lite.config import EvalConfig, MaybeStr, PruneConfig
-from sparsegpt_lite.errors import ConfigError, SparseGPTError
+from sparsegpt_lite.errors import CalibrationError, ConfigError, SparseGPTError
 
 PROGRAM = "sparsegpt-lite"
+DATA_OPTIONS = ("--text", "--dataset", "--text-column", "--nsamples", "--seqlen", "--seed", "--digest")
 USAGE = """\
 usage: sparsegpt-lite MODEL [--sparsity 0.5|2:4|4:8] [--out DIR] [options]
 
@@ -109,8 +110,16 @@ class Eval:
         """Print the perplexity, and that of the baseline."""
         from sparsegpt_lite.eval.perplexity import comparison, perplexity
 
-        models = [self.baseline, self.model] if self.baseline else [self.model]
-        results = [perplexity(model, self.config, progress=not self.quiet) for model in models]
+        results = [perplexity(self.model, self.config, progress=not self.quiet)]
+        if self.baseline:
+            config = replace(self.config, revision=None)
+            results.insert(0, perplexity(self.baseline, config, progress=not self.quiet))
+            dense, sparse = (result.data for result in results)
+            if dense["digest"] != sparse["digest"]:
+                raise CalibrationError(
+                    f"{self.baseline} and {self.model} read the text as other windows (of {dense['seqlen']} and "
+                    f"{sparse['seqlen']} tokens): give --seqlen, and models of one tokenizer"
+                )
         if self.json:
             print(json.dumps([r.to_dict() for r in results] if self.baseline else results[0].to_dict(), indent=1))
         elif self.quiet:
@@ -168,7 +177,11 @@ def _earlier_run(argv: list[str]) -> Prune | None:
     path = option.partition("=")[2] or value
     try:
         report = json.loads(Path(path).read_bytes())
-        return Prune(model=report["source"], config=PruneConfig(**report["config"]))
+        config = PruneConfig(**report["config"])
+        config = replace(config, revision=report["commit"] or config.revision)
+        if not any(option.partition("=")[0] in DATA_OPTIONS for option in argv):
+            config = replace(config, digest=report["calibration"]["digest"])
+        return Prune(model=report["source"], config=config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--from {path}: no report of ours ({error}); give the sparsity.json of a run") from error
 
@@ -197,13 +210,22 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(command, "quiet", False):
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         command.run()
-    except SparseGPTError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing was written under the output's final name", file=sys.stderr)
-        return 130
+    except (SparseGPTError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        print(f"{PROGRAM}: {_explained(error)}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     except BrokenPipeError:  # the reader of stdout went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _explained(error: BaseException) -> str:
+    """One line for an error of ours, an interruption or a lack of memory; any other error is a bug and raised again."""
+    if isinstance(error, SparseGPTError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
+        return f"out of memory ({said[:150]}); lower --batch-size, --nsamples or --seqlen, or try another --device"
+    raise error

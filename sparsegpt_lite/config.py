@@ -37,6 +37,8 @@ class PruneConfig:
     """Tokens per window; min(2048, the model's maximum) by default."""
     seed: int = 0
     """Chooses the calibration windows."""
+    digest: MaybeStr = None
+    """Refuse to calibrate on other tokens than those of this digest, as a report has it."""
     damping: float = 0.01
     """Fraction of the mean diagonal of the Hessian that is added to it."""
     block_size: int = 128

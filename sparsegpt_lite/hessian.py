@@ -79,7 +79,7 @@ class Observer:
             slot = (name, sum(first == name for first, _ in self._call))
             self._call[slot] = (x, version, [name])
             if slot not in self._moments:
-                self._moments[slot] = Moments(torch.zeros(d_in, d_in, device=x.device))
+                self._moments[slot] = Moments(torch.zeros(d_in, d_in, dtype=torch.float32, device=x.device))
             self._moments[slot].add(x)
 
         return observe

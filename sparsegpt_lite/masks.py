@@ -54,17 +54,31 @@ def per_matrix(scores: Tensor, sparsity: Sparsity) -> Tensor:
 def per_row(scores: Tensor, sparsity: Sparsity) -> Tensor:
     """Mask that compares weights within an output row only. [d_out, d_in] -> bool.
 
-    Rows differ by at most one mark, spread evenly, so that the matrix has exactly `sparsity.zeros` of them.
+    Rows differ by at most one mark, spread evenly, so that the matrix has exactly `sparsity.zeros` of them. A row that
+    has more zeros already (scores below 0) keeps them, and the others are given less.
     """
     if isinstance(sparsity, NofM):
         return smallest_in_groups(scores, sparsity.n, sparsity.m)
-    d_out, d_in = scores.shape
-    edges = torch.arange(d_out + 1) * sparsity.zeros(d_out, d_in) // d_out
-    quota = edges.diff().to(scores.device)  # [d_out], two neighbouring values at most
+    quota = _quotas((scores < 0).sum(1), sparsity.zeros(*scores.shape))
     mask = torch.empty_like(scores, dtype=torch.bool)
     for k in quota.unique().tolist():
         mask[quota == k] = smallest(scores[quota == k], k)
     return mask
+
+
+def _quotas(zeros: Tensor, total: int) -> Tensor:
+    """Share `total` marks out among rows, evenly but for rows that have more zeros already: int64 [rows] -> [rows]."""
+    quota = zeros.clone()
+    rows = torch.ones_like(zeros, dtype=torch.bool)  # those that are not full of zeros
+    while bool(rows.any()):
+        n, share = int(rows.sum()), max(total - int(zeros[~rows].sum()), 0)
+        quota[rows] = (torch.arange(n + 1, device=zeros.device) * share // n).diff()
+        full = rows & (zeros > quota)
+        if not bool(full.any()):
+            break
+        quota[full] = zeros[full]
+        rows &= ~full
+    return quota
 
 
 def zeros_first(scores: Tensor, W: Tensor) -> Tensor:

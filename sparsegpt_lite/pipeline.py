@@ -18,8 +18,17 @@ from transformers import PreTrainedModel
 
 from sparsegpt_lite import memory
 from sparsegpt_lite.activations import BlockCall, SuspendedForwards
-from sparsegpt_lite.blocks import BlockModel, LoadedModel, Matrix, StreamedModel, matrices
-from sparsegpt_lite.calibration import Windows, draw, load_tokenizer, open_text, window_length
+from sparsegpt_lite.blocks import (
+    LEFT_OUT,
+    BlockModel,
+    LoadedModel,
+    Matrix,
+    StreamedModel,
+    matrices,
+    pick_device,
+    pick_dtype,
+)
+from sparsegpt_lite.calibration import Windows, check_vocabulary, draw, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import REPORT, Checkpoint, Writer, check_target
 from sparsegpt_lite.config import PruneConfig
 from sparsegpt_lite.errors import CalibrationError, ConfigError, ModelError, SparseGPTError
@@ -69,12 +78,14 @@ def prune(  # noqa: PLR0913, the public door
     check_shapes(model, config)
     calibration = calibration or calibrate(checkpoint, model.module.config, config)
     report = new_report(model, str(source), calibration, config)
+    report.commit = checkpoint.commit
     report.perplexity = [evaluate(str(source))] if evaluate else []
     started = time.monotonic()
-    with Writer(checkpoint, target, {"source": str(source), "config": report.config}, overwrite) as writer:
+    run = {"source": str(checkpoint.folder), "config": report.config, "calibration": calibration.digest}
+    with Writer(checkpoint, target, run, overwrite) as writer:
 
         def write(block: str, rows: list[MatrixReport]) -> None:
-            writer.write(block, model.on_disk(block, {row.name for row in rows}), {"matrices": [*map(asdict, rows)]})
+            writer.write(block, model.on_disk({row.name for row in rows}), {"matrices": [*map(asdict, rows)]})
 
         with memory.PeakMemory(device) as peak:
             model.load_outer(head=False)
@@ -105,18 +116,18 @@ def prune_model(
 
     Returns:
         The report.
+
+    Raises:
+        SparseGPTError: Tokens that the model does not know, a pattern that does not fit, a layer that cannot be solved.
     """
     config, loaded = config or PruneConfig(), LoadedModel(model)
     calibration = Windows(tokens, "given tokens", "-", "as given")
+    check_vocabulary(calibration, model.config)
     check_shapes(loaded, config)
     report = new_report(loaded, model.name_or_path or type(model).__name__, calibration, config)
-    training, started = model.training, time.monotonic()
-    model.eval()
-    try:
-        with memory.PeakMemory(loaded.device) as peak:
-            prune_blocks(loaded, tokens, config, report, lambda block, rows: None, progress)
-    finally:
-        model.train(training)
+    started = time.monotonic()
+    with loaded, memory.PeakMemory(loaded.device) as peak:
+        prune_blocks(loaded, tokens, config, report, lambda block, rows: None, progress)
     report.seconds = time.monotonic() - started
     report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
     return report
@@ -142,20 +153,22 @@ def prune_blocks(
     """
     forwards = [partial(calibration_forward, model, batch) for batch in tokens.split(config.batch_size)]
     with (
+        full_fp32(),
         SuspendedForwards(model.blocks, forwards) as suspended,
         tqdm(total=len(model.blocks), desc="pruning", unit="block", disable=not progress, file=sys.stderr) as bar,
     ):
         while (block := suspended.block) is not None:
             model.load(block)
-            found, dense = matrices(block, model.blocks[block], config.skip)
+            found, dense = matrices(model, block, config.skip)
             rows = []
             for seen in observed(found, suspended.calls):
                 started = time.monotonic()
                 W = seen.matrix.read().float()  # [d_out, d_in]
                 with naming(seen.matrix.name):
                     solution = prune_layer(W, seen.H, config.sparsity, config.method, config.damping, config.block_size)
-                seen.matrix.replace(solution.W)
+                seen.matrix.replace(solution.W, stored_dtype(model, seen.matrix))
                 rows.append(row(seen, block, W, solution.damping, config, time.monotonic() - started))
+                del seen, W, solution  # before the next block comes
             pruned = {row.name for row in rows}
             report.matrices += rows
             report.dense |= dense | {m.name: "not used on text" for m in found if m.name not in pruned}
@@ -164,6 +177,7 @@ def prune_blocks(
             model.drop(block)
             memory.give_back()
             bar.update()
+    report.dense |= dict.fromkeys(model.blocks.keys() - suspended.visited, "a block that is not used on text")
     if not report.matrices:
         reason = next(iter(report.dense.values()), "it has none")
         raise ModelError(f"{report.source}: no matrix can be pruned ({reason}); choose another model")
@@ -191,6 +205,24 @@ def observed(found: list[Matrix], calls: list[BlockCall]) -> Iterator[Seen]:
         H, tokens = observer.hessian(group)
         for member in members:
             yield Seen(by_name[member], H, tokens)
+
+
+def stored_dtype(model: BlockModel, matrix: Matrix) -> torch.dtype:
+    """Dtype that a matrix has where the model is kept."""
+    stored = model.stored(matrix.name)
+    assert stored is not None  # what has no place of its own is no Matrix
+    return stored[1]
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Keep fp32 products in fp32 on CUDA, whatever the environment says of TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager
@@ -246,12 +278,15 @@ def check_shapes(model: BlockModel, config: PruneConfig) -> None:
     """Refuse a pattern that some matrix cannot have, before anything is read.
 
     Raises:
-        ConfigError: Naming the first such matrix; or nothing is left to prune.
+        ConfigError: Naming the first such matrix; or `skip` leaves nothing to prune, or matches nothing.
     """
     pattern = parse(config.sparsity)
-    found = [m for name, block in model.blocks.items() for m in matrices(name, block, config.skip)[0]]
+    listed = [matrices(model, block, config.skip) for block in model.blocks]
+    found = [matrix for some, _ in listed for matrix in some]
     if config.skip and not found:
         raise ConfigError(f"--skip {config.skip}: leaves nothing to prune; make it narrower")
+    if config.skip and not any(reason == LEFT_OUT for _, dense in listed for reason in dense.values()):
+        raise ConfigError(f"--skip {config.skip}: matches no weight; correct it, or leave it out")
     misfits = [(m, reason) for m in found if (reason := pattern.misfit(m.d_in))]
     if misfits:
         matrix, reason = misfits[0]
@@ -272,21 +307,12 @@ def calibrate(checkpoint: Checkpoint, model_config: Any, config: PruneConfig) ->
     text = open_text(config.text or config.dataset, "train", config.text_column, config.seed)
     windows = draw(text, tokenizer, config.nsamples, seqlen, config.seed)
     check_vocabulary(windows, model_config)
-    return windows
-
-
-def check_vocabulary(windows: Windows, model_config: Any) -> None:
-    """Refuse tokens outside the model's vocabulary.
-
-    Raises:
-        CalibrationError: The tokenizer belongs to another model.
-    """
-    size, largest = model_config.get_text_config().vocab_size, int(windows.tokens.max())
-    if largest >= size:
+    if config.digest and not windows.digest.startswith(config.digest):
         raise CalibrationError(
-            f"{windows.dataset}: token {largest} is outside the model's vocabulary of {size}; "
-            f"use the tokenizer that came with the model"
+            f"{windows.dataset}: the tokens have the digest {windows.digest[:12]}, not {config.digest[:12]}; "
+            f"use the text and the tokenizer of that run, or leave out --digest"
         )
+    return windows
 
 
 def new_report(model: BlockModel, source: str, calibration: Windows, config: PruneConfig) -> PruneReport:
@@ -306,27 +332,3 @@ def new_report(model: BlockModel, source: str, calibration: Windows, config: Pru
 
 def _is_ours(program: str) -> bool:
     return bool(re.search(r"sparsegpt[-_]lite([\\/]__main__\.py|\.exe)?$", program))
-
-
-def pick_device(name: str) -> torch.device:
-    """Device of a `--device` option.
-
-    Raises:
-        ConfigError: No such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: no such device for us; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or another")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """Dtype of a `--dtype` option; None for auto."""
-    return None if name == "auto" else getattr(torch, name)

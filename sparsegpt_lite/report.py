@@ -49,6 +49,7 @@ class PruneReport:
     device: str
     dtype: str
     parameters: int
+    commit: str | None = None
     target: str | None = None
     matrices: list[MatrixReport] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)

@@ -75,8 +75,8 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: Sparsity, damping: float, block_si
 
     Masks are chosen for `block_size` columns at a time by w² / U_jj² (eq. 5), or for one N:M group when its first
     column is reached. Unlike the official code, an unstructured matrix has exactly `sparsity.zeros` zeros: each
-    block of columns prunes up to what is due so far. Weights of inputs that were always zero go first, all of them
-    as far as the exact number allows; N:M zeroes them besides.
+    block of columns prunes up to what is due so far. Weights that are zero already count, and those of inputs that
+    were always zero go next, all of them as far as the exact number allows; N:M zeroes them besides.
 
     Args:
         W: fp32 [d_out, d_in]; not changed.
@@ -100,10 +100,8 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: Sparsity, damping: float, block_si
     for start in range(0, d_in, step):
         end = min(start + step, d_in)
         if not isinstance(sparsity, NofM):
-            left = sparsity.zeros(d_out, d_in) - pruned
-            here, later = (d_out * int(dead[columns].sum()) for columns in (slice(start, end), slice(end, None)))
-            due = min(max(sparsity.zeros(d_out, end) - pruned, here), max(left - later, min(left, here)))
-            due = min(due, (end - start) * d_out)
+            even, left = (sparsity.zeros(d_out, column) - pruned for column in (end, d_in))
+            due = _due(even, left, W[start:], dead[start:], end - start)
             mask[start:end] = _choose(W[start:end], U.diagonal()[start:end], dead[start:end], due)
             pruned += due
         errors = _sweep(W[start:end], U[start:end, start:end], mask[start:end], sparsity)  # [b, d_out]
@@ -112,10 +110,28 @@ def sparsegpt(W: Tensor, H: Tensor, sparsity: Sparsity, damping: float, block_si
     return Solution(torch.where(mask, 0.0, W.T), mask, used)
 
 
+def _due(even: int, left: int, W: Tensor, dead: Tensor, b: int) -> int:
+    """Weights to prune in the next b columns, so that in the end there are `left` more and no zero goes uncounted.
+
+    Args:
+        even: What an even spread over the columns asks for.
+        left: What is left to prune in the matrix.
+        W: The columns that are left, one a row: [columns, d_out].
+        dead: bool [columns], those whose input was always zero.
+        b: Columns in the block.
+    """
+    zero = W == 0
+    free = zero | dead[:, None]
+    zeros, more_zeros, costless, more_costless = (int(t.sum()) for t in (zero[:b], zero[b:], free[:b], free[b:]))
+    most = max(left - more_costless, min(costless, left - more_zeros), min(zeros, left))
+    return min(max(even, costless), most, b * W.shape[1])
+
+
 def _choose(W: Tensor, diagonal: Tensor, dead: Tensor, k: int) -> Tensor:
-    """Mark the k weights of one block of columns that cost least, those of dead inputs first. [b, d_out] -> bool."""
+    """Mark the k cheapest weights of one block of columns: zeros, then those of dead inputs. [b, d_out] -> bool."""
     scores = W.square() / diagonal.square()[:, None]
     scores[dead] = -1.0
+    scores.masked_fill_(W == 0, -2.0)
     return masks.smallest(scores.reshape(1, -1), k).view_as(scores)
 
 

@@ -20,6 +20,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -53,6 +54,8 @@ CONFIGS = {
     "bloom": lambda **kw: BloomConfig(
         **{"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 256,
            "eos_token_id": 256, "pad_token_id": 0} | kw),
+    "openai-gpt": lambda **kw: OpenAIGPTConfig(
+        **{"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | kw),
     "mixtral": lambda **kw: MixtralConfig(
         **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_local_experts": 4,

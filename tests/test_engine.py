@@ -1,27 +1,30 @@
 """A checkpoint goes in, a pruned one comes out: the main job through its public doors, for three layouts and more."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsegpt_lite import PruneConfig, prune, prune_model
-from sparsegpt_lite.blocks import StreamedModel, find_blocks
-from sparsegpt_lite.calibration import draw, open_text
+from sparsegpt_lite.blocks import StreamedModel, find_blocks, matrices
+from sparsegpt_lite.calibration import Windows, draw, open_text
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.cli import main
 from sparsegpt_lite.config import METHOD_NAMES, EvalConfig
-from sparsegpt_lite.errors import ModelError
+from sparsegpt_lite.errors import CalibrationError, ModelError
 from sparsegpt_lite.eval.perplexity import perplexity, window_losses
 from sparsegpt_lite.inspection import inspect
+from sparsegpt_lite.methods import METHODS
 
-FAMILIES = ["llama", "qwen3", "gemma2", "opt", "gpt2", "bloom", "mixtral"]
-MATRICES = {"llama": 14, "qwen3": 14, "gemma2": 14, "opt": 12, "gpt2": 8, "bloom": 8, "mixtral": 8}
+VOCAB = 257
+FAMILIES = ["llama", "qwen3", "gemma2", "opt", "gpt2", "bloom", "mixtral", "openai-gpt"]
+MATRICES = {"llama": 14, "qwen3": 14, "gemma2": 14, "opt": 12, "gpt2": 8, "bloom": 8, "mixtral": 8, "openai-gpt": 8}
 SMALL = {"nsamples": 8, "seqlen": 32, "batch_size": 3, "device": "cpu"}
 
 Make = Callable[..., Path]
@@ -276,3 +279,123 @@ def test_forwards_are_left_as_they_were(checkpoint: Make) -> None:
         prune_model(model, torch.arange(32).view(1, 32), PruneConfig(**SMALL))
     assert all("forward" not in block.__dict__ for block in find_blocks(model).values())
     assert torch.is_grad_enabled()
+
+
+class Stored:
+    """The part of a BlockModel that `matrices` looks at."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        self.blocks = {"b": block}
+
+    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
+        return None if "fused" in parameter else (parameter.replace("b.", "disk."), torch.float32)
+
+
+def test_why_weights_stay_dense() -> None:
+    layers = {name: torch.nn.Linear(4, 4) for name in ("up", "gate", "indexer", "fused", "left", "gate_proj")}
+    block = torch.nn.ModuleDict({**layers, "table": torch.nn.Embedding(3, 4), "norm": torch.nn.LayerNorm(4)})
+    found, dense = matrices(Stored(block), "b", r"^disk\.left")
+    assert [matrix.name for matrix in found] == ["b.up.weight", "b.gate_proj.weight"]
+    assert dense == {
+        "b.gate.weight": "chooses between experts or tokens",
+        "b.indexer.weight": "chooses between experts or tokens",
+        "b.fused.weight": "is stored in parts or fused on disk",
+        "b.left.weight": "left out by --skip",
+        "b.table.weight": "not a linear layer (Embedding [3, 4])",
+    }
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_kept_weights_do_not_vanish_in_the_dtype_on_disk(
+    dtype: str, checkpoint: Make, text_file: Path, tmp_path: Path
+) -> None:
+    """fp16 has nothing below 6e-8: weights as small as that stay, so the zeros are exact, and the report is true."""
+    source = shutil.copytree(checkpoint("llama", dtype=torch.float16), tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = (weights[name].float() * 1e-6).half()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    report = prune(source, tmp_path / "out", PruneConfig(text=str(text_file), dtype=dtype, **SMALL))
+    after = tensors(tmp_path / "out")
+    for row in report.matrices:
+        assert row.zeros == int((after[row.name] == 0).sum()) == after[row.name].numel() // 2
+        assert not after[row.name][after[row.name] == 0].signbit().any()
+
+
+def test_weights_shared_by_blocks_are_refused(checkpoint: Make) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ModelError, match=r"model.layers.1: shares weights with model.layers.0"):
+        prune_model(model, torch.arange(32).view(1, 32), PruneConfig(**SMALL))
+
+
+def test_a_training_model_is_evaluated_without_dropout_and_goes_on_training(checkpoint: Make) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("gpt2"))
+    windows = Windows(torch.arange(96).view(3, 32), "numbers", "-", "-")
+    expected = perplexity(model, windows=windows).nll
+    model.train()
+    assert perplexity(model, windows=windows).nll == expected
+    assert model.training
+
+
+@pytest.mark.parametrize("tokens", [torch.arange(32), torch.arange(32).view(32, 1), torch.full((1, 8), VOCAB)])
+def test_tokens_that_the_model_cannot_read_are_refused(tokens: torch.Tensor, checkpoint: Make) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    with pytest.raises(CalibrationError):
+        prune_model(model, tokens, PruneConfig(**SMALL))
+    with pytest.raises(CalibrationError):
+        perplexity(model, windows=Windows(tokens, "numbers", "-", "-"))
+
+
+def test_more_windows_than_a_pass_holds(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = Windows(torch.arange(160).view(10, 16), "numbers", "-", "-")
+    whole = perplexity(checkpoint("llama"), windows=windows).nll
+    monkeypatch.setattr("sparsegpt_lite.eval.perplexity.PASS", 4)
+    assert perplexity(checkpoint("llama"), windows=windows).nll == whole
+
+
+def test_baseline_on_other_windows_is_refused(checkpoint: Make, text_file: Path, capsys: pytest.CaptureFixture) -> None:
+    longer = str(checkpoint("llama", max_position_embeddings=96))
+    options = ["--baseline", str(checkpoint("llama")), "--dataset", str(text_file), "-q"]
+    assert main(["eval", longer, *options]) == 1
+    assert "read the text as other windows (of 64 and 96 tokens): give --seqlen" in capsys.readouterr().err
+    assert main(["eval", longer, *options, "--seqlen", "64"]) == 0
+    assert len(capsys.readouterr().out.split()) == 2
+
+
+def test_another_text_than_the_report_says_is_refused(
+    checkpoint: Make, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    first = [str(checkpoint("llama")), "--text", str(text), "--nsamples", "8", "--seqlen", "32", "-q"]
+    assert main([*first, "--out", str(tmp_path / "a")]) == 0
+    text.write_text(text.read_text().replace("a", "b"))
+    again = ["--from", str(tmp_path / "a" / "sparsity.json"), "-q", "--out"]
+    assert main([*again, str(tmp_path / "b")]) == 1
+    assert "the tokens have the digest" in capsys.readouterr().err
+    assert main([*again, str(tmp_path / "c"), "--seed", "1"]) == 0
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["cuda", "host"])
+def test_out_of_memory_is_one_line(
+    error: Exception, checkpoint: Make, text_file: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(METHODS, "sparsegpt", fail)
+    options = ["--text", str(text_file), "--nsamples", "8", "--seqlen", "32", "-q", "--out", str(tmp_path / "out")]
+    assert main([str(checkpoint("llama")), *options]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("sparsegpt-lite: out of memory")
+    assert "lower --batch-size" in line
+    assert line.count("\n") == 1
+
+
+def test_skip_that_matches_nothing_is_refused(
+    checkpoint: Make, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--text", str(text_file), "--skip", "dwon_proj", "--out", str(tmp_path / "out")]
+    assert main([str(checkpoint("llama")), *options]) == 1
+    assert "--skip dwon_proj: matches no weight" in capsys.readouterr().err

@@ -75,11 +75,19 @@ def test_a_matrix_loses_its_lowest_weights(scores: Tensor, level: float) -> None
 @checked
 @given(scores=tied_scores(), level=st.floats(0, 1, exclude_max=True))
 def test_rows_lose_their_lowest_weights_evenly(scores: Tensor, level: float) -> None:
+    scores = scores - scores.min()  # below zero are only weights that are zero already
     mask = masks.per_row(scores, Unstructured(level))
     counts = mask.sum(1).tolist()
     assert sum(counts) == round(level * scores.numel())
     assert max(counts) - min(counts) <= 1
     assert mask.tolist() == [lowest(row, k) for row, k in zip(scores.tolist(), counts, strict=True)]
+
+
+def test_a_row_of_zeros_takes_from_the_others() -> None:
+    W = torch.arange(1.0, 25.0).view(4, 6)
+    W[1] = 0
+    mask = masks.per_row(masks.zeros_first(W, W), Unstructured(0.5))
+    assert mask.sum(1).tolist() == [2, 6, 2, 2]
 
 
 @pytest.mark.parametrize(

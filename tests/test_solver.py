@@ -331,6 +331,15 @@ def test_existing_zeros_count(method: str, pattern: str) -> None:
     assert int((solution.W == 0).sum()) == 6 * 16 // 2
 
 
+@pytest.mark.parametrize("columns", [slice(0, 8), slice(8, 16), slice(24, 32)], ids=str)
+@every_method
+def test_zeros_crowded_in_one_block_count(method: str, columns: slice) -> None:
+    W, H = layer(6, 32)
+    W[:, columns] = 0
+    solution = prune_layer(W, H, "0.5", method, block_size=8)
+    assert int((solution.W == 0).sum()) == 96
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_existing_zeros_go_before_dead_inputs(method: str) -> None:
     W, H = layer(6, 16, dead=(0,))
