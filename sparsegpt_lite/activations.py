@@ -90,10 +90,9 @@ class SuspendedForwards:
 
     def _switch(self, i: int, *output: Any) -> None:
         """Let forward i run to its next block call, or to its end."""
-        self._waiting[i] = None  # frees the previous block's inputs
         came = self._greenlets[i].switch(*output)
         if self._greenlets[i].dead:
-            self.results[i] = came
+            self.results[i], self._waiting[i] = came, None
         else:
             self._waiting[i] = came
 
@@ -114,8 +113,10 @@ class SuspendedForwards:
 
     def advance(self) -> None:
         """Run the current block for every forward and let each go on to its next block call or its end."""
-        for i, call in enumerate(self._waiting):
+        for i in range(len(self._waiting)):
+            call = self._waiting[i]
             if call is not None:
-                self._switch(i, call.run())
-                del call
+                output = call.run()
+                self._waiting[i] = call = None  # frees the block's inputs before the forward goes on
+                self._switch(i, output)
         self._agree()
