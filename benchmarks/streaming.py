@@ -6,6 +6,7 @@
 
 Correctness comes first: the streamed losses of the shallowest model must equal the whole model's, else nothing is
 measured. Every depth runs in a process of its own. Writes results/streaming_<device>.json.
+It has run on a CPU only; the second command is ready for a GPU and has not run on one.
 """
 
 import argparse
