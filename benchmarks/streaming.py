@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from sparsegpt_lite.blocks import StreamedModel
+from sparsegpt_lite.blocks import StreamedModel, device_name
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.demo import stdlib_documents
 from sparsegpt_lite.eval.perplexity import window_losses
@@ -105,7 +105,7 @@ def main() -> None:
             rows.append((str(depth), f"{found['parameters']:,}", f"{found['seconds']:.1f}",
                          f"{found['peak_host_MiB']:.1f}", f"{found['peak_device_MiB']:.1f}"))  # fmt: skip
             print(aligned(rows), flush=True)
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
+    device = device_name(torch.device(args.device))
     record = {
         "settings": vars(args),
         "device": device,

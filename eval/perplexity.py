@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from sparsegpt_lite import memory
 from sparsegpt_lite.activations import SuspendedForwards
-from sparsegpt_lite.blocks import BlockModel, LoadedModel, StreamedModel, pick_device, pick_dtype
+from sparsegpt_lite.blocks import BlockModel, LoadedModel, StreamedModel, device_name, pick_device, pick_dtype
 from sparsegpt_lite.calibration import Windows, check_vocabulary, cut, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.config import EvalConfig
@@ -105,7 +105,7 @@ def perplexity(
         tokens=predicted,
         data=windows.describe(),
         dtype=str(loaded.module.dtype).removeprefix("torch."),
-        device=torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "cpu",
+        device=device_name(loaded.device),
         seconds=time.monotonic() - started,
         versions=installed_versions(),
     )

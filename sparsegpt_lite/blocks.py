@@ -29,8 +29,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, one_line
-from sparsegpt_lite.errors import CheckpointError, ConfigError, ModelError
+from sparsegpt_lite.checkpoint import DTYPES, Checkpoint
+from sparsegpt_lite.errors import CheckpointError, ConfigError, ModelError, one_line
 
 # Layers that choose instead of computing: a wrong choice costs more than their few weights save.
 LEFT_OUT = "left out by --skip"
@@ -46,29 +46,31 @@ class Matrix:
         module: The layer.
         d_out: Outputs.
         d_in: Inputs.
+        stored: Dtype that the weight has where the model is kept.
     """
 
     name: str
     module: nn.Module
     d_out: int
     d_in: int
+    stored: torch.dtype
 
     def read(self) -> Tensor:
         """W [d_out, d_in] in the dtype of the model; may share memory with the layer."""
         weight: Tensor = self.module.weight.data  # type: ignore[assignment]
         return weight.T if isinstance(self.module, Conv1D) else weight
 
-    def replace(self, W: Tensor, stored: torch.dtype) -> None:
-        """Put W [d_out, d_in] in the place of the weight, with the values that it has in the dtype `stored` on disk.
+    def replace(self, W: Tensor) -> None:
+        """Put W [d_out, d_in] in the place of the weight, with the values that it has in the dtype on disk.
 
         Zeros are +0.0. A kept weight that would vanish in one of the dtypes becomes the smallest number that does not.
         """
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         W = W.T if isinstance(self.module, Conv1D) else W
-        new = W.to(weight.dtype).to(stored)
-        smallest = max(torch.finfo(t).smallest_normal * torch.finfo(t).eps for t in (weight.dtype, stored))
+        new = W.to(weight.dtype).to(self.stored)
+        smallest = max(torch.finfo(t).smallest_normal * torch.finfo(t).eps for t in (weight.dtype, self.stored))
         vanished = (new == 0) & (W != 0)
-        new = torch.where(vanished, torch.copysign(torch.tensor(smallest, device=W.device), W).to(stored), new)
+        new = torch.where(vanished, torch.copysign(torch.tensor(smallest, device=W.device), W).to(self.stored), new)
         weight.data = torch.where(new == 0, 0, new).to(weight.dtype).contiguous()
 
 
@@ -91,8 +93,8 @@ def matrices(model: "BlockModel", block: str, skip: str | None) -> tuple[list[Ma
             elif skip and (re.search(skip, name) or re.search(skip, stored[0])):
                 dense[name] = LEFT_OUT
             else:
-                shape = parameter.shape[::-1] if isinstance(module, Conv1D) else parameter.shape
-                found.append(Matrix(name, module, *shape))
+                d_out, d_in = parameter.shape[::-1] if isinstance(module, Conv1D) else parameter.shape
+                found.append(Matrix(name, module, d_out, d_in, stored[1]))
     return found, dense
 
 
@@ -345,6 +347,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use cpu or another")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls a device: the name of the GPU, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def pick_dtype(name: str) -> torch.dtype | None:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegpt_lite.checkpoint import Checkpoint, one_line
-from sparsegpt_lite.errors import CalibrationError, CheckpointError
+from sparsegpt_lite.checkpoint import Checkpoint
+from sparsegpt_lite.errors import CalibrationError, CheckpointError, one_line
 
 ALIASES = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "wikitext": "Salesforce/wikitext"}
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -158,27 +159,24 @@ def _rows(
             yield row[column] or ""
 
 
-class _explained:  # noqa: N801, a context manager in the manner of contextlib
-    """Turn what datasets and the Hub raise into one line of ours."""
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what datasets and the Hub raise into one line of ours, and keep datasets from telling it besides."""
+    from datasets import logging
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        from datasets import logging
-
-        self.verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.CRITICAL)  # its errors are told by ours
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from datasets import logging
-
-        logging.set_verbosity(self.verbosity)
-        if isinstance(error, Exception) and not isinstance(error, CalibrationError):
-            raise CalibrationError(
-                f"{self.source}: the text cannot be loaded ({type(error).__name__}: {one_line(error)}); "
-                f"check the name, config and split of the data set, or give a text file"
-            ) from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"{source}: the text cannot be loaded ({type(error).__name__}: {one_line(error)}); "
+            f"check the name, config and split of the data set, or give a text file"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import struct
-import textwrap
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsegpt_lite.errors import CheckpointError
+from sparsegpt_lite.errors import CheckpointError, one_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -189,11 +188,6 @@ def _folder(source: str, revision: str | None) -> Path:
             f"{source}: no such folder here, and it cannot be had from the Hub ({one_line(error)}); "
             f"check the name and the network"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for our one line."""
-    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from sparsegpt_lite.config import EvalConfig, MaybeStr, PruneConfig
-from sparsegpt_lite.errors import CalibrationError, ConfigError, SparseGPTError
+from sparsegpt_lite.errors import CalibrationError, ConfigError, SparseGPTError, one_line
 
 PROGRAM = "sparsegpt-lite"
 DATA_OPTIONS = ("--text", "--dataset", "--text-column", "--nsamples", "--seqlen", "--seed", "--digest")
@@ -183,7 +183,9 @@ def _earlier_run(argv: list[str]) -> Prune | None:
             config = replace(config, digest=report["calibration"]["digest"])
         return Prune(model=report["source"], config=config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--from {path}: no report of ours ({error}); give the sparsity.json of a run") from error
+        raise ConfigError(
+            f"--from {path}: no report of ours ({one_line(error)}); give the sparsity.json of a run"
+        ) from error
 
 
 COMMANDS: dict[str, type[Prune] | type[Eval] | type[Inspect] | type[Demo]] = {
@@ -225,7 +227,6 @@ def _explained(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    said = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
-        return f"out of memory ({said[:150]}); lower --batch-size, --nsamples or --seqlen, or try another --device"
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+        return f"out of memory ({one_line(error)}); lower --batch-size, --nsamples or --seqlen, or try another --device"
     raise error

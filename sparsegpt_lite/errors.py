@@ -1,5 +1,7 @@
 """What can go wrong, by name. Every message says where, what was found and what to do."""
 
+import textwrap
+
 
 class SparseGPTError(Exception):
     """Base of all errors of this package; the command line prints it as one line and exits with 1."""
@@ -23,3 +25,8 @@ class CalibrationError(SparseGPTError):
 
 class SolverError(SparseGPTError):
     """A layer that cannot be solved: weights or moments that are not finite, or a singular Hessian."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for our one line."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__

@@ -31,7 +31,7 @@ class PeakMemory:
     """Sample the peak while in context: `host` anonymous bytes, `device` bytes that torch had on a CUDA device."""
 
     def __init__(self, device: torch.device, interval: float = 0.02) -> None:
-        self.device_type = device
+        self._watched = device
         self.interval = interval
         self.host = 0
         self.device: int | None = None
@@ -40,8 +40,8 @@ class PeakMemory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        if self.device_type.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device_type)
+        if self._watched.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._watched)
         return self
 
     def _sample(self) -> None:
@@ -53,5 +53,5 @@ class PeakMemory:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self.device_type.type == "cuda":
-            self.device = torch.cuda.max_memory_allocated(self.device_type)
+        if self._watched.type == "cuda":
+            self.device = torch.cuda.max_memory_allocated(self._watched)

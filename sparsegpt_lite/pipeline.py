@@ -24,6 +24,7 @@ from sparsegpt_lite.blocks import (
     LoadedModel,
     Matrix,
     StreamedModel,
+    device_name,
     matrices,
     pick_device,
     pick_dtype,
@@ -166,7 +167,7 @@ def prune_blocks(
                 W = seen.matrix.read().float()  # [d_out, d_in]
                 with naming(seen.matrix.name):
                     solution = prune_layer(W, seen.H, config.sparsity, config.method, config.damping, config.block_size)
-                seen.matrix.replace(solution.W, stored_dtype(model, seen.matrix))
+                seen.matrix.replace(solution.W)
                 rows.append(row(seen, block, W, solution.damping, config, time.monotonic() - started))
                 del seen, W, solution  # before the next block comes
             pruned = {row.name for row in rows}
@@ -207,13 +208,6 @@ def observed(found: list[Matrix], calls: list[BlockCall]) -> Iterator[Seen]:
             yield Seen(by_name[member], H, tokens)
 
 
-def stored_dtype(model: BlockModel, matrix: Matrix) -> torch.dtype:
-    """Dtype that a matrix has where the model is kept."""
-    stored = model.stored(matrix.name)
-    assert stored is not None  # what has no place of its own is no Matrix
-    return stored[1]
-
-
 @contextmanager
 def full_fp32() -> Iterator[None]:
     """Keep fp32 products in fp32 on CUDA, whatever the environment says of TF32."""
@@ -235,7 +229,7 @@ def naming(matrix: str) -> Iterator[None]:
 
 
 def row(seen: Seen, block: str, W: Tensor, damping: float | None, config: PruneConfig, seconds: float) -> MatrixReport:
-    """Describe a matrix whose dense weights were W; the error is that of the new ones in the model's dtype."""
+    """Describe a matrix whose dense weights were W; the error is that of the new ones as they are stored."""
     matrix, H = seen.matrix, seen.H
     W_hat = matrix.read().float()
     error, energy = reconstruction_error(W, W_hat, H), reconstruction_error(W, torch.zeros_like(W), H)
@@ -317,14 +311,12 @@ def calibrate(checkpoint: Checkpoint, model_config: Any, config: PruneConfig) ->
 
 def new_report(model: BlockModel, source: str, calibration: Windows, config: PruneConfig) -> PruneReport:
     """A report with everything that is known before the first block."""
-    weight_device = model.device
-    name = torch.cuda.get_device_name(weight_device) if weight_device.type == "cuda" else "cpu"
     return PruneReport(
         source=source,
         command=shlex.join(["python", "-m", "sparsegpt_lite", *sys.argv[1:]]) if _is_ours(sys.argv[0]) else "API call",
         config=asdict(config),
         calibration=calibration.describe(),
-        device=name,
+        device=device_name(model.device),
         dtype=str(model.module.dtype).removeprefix("torch."),
         parameters=model.module.num_parameters(),
     )

@@ -5,7 +5,7 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sparsegpt_lite.sparsity import parse
@@ -130,5 +130,11 @@ def aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> st
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that shape the result."""
-    installed = {dist.metadata["Name"].replace("-", "_"): dist.version for dist in distributions()}
-    return {"python": platform.python_version(), **{name: installed.get(name, "not installed") for name in PACKAGES}}
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
