@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-architectures lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=8
+
+# Every causal language model that transformers knows; a minute or two.
+test-architectures: .venv/installed
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -q -m "" tests/test_architectures.py
 
 # mypy looks at the tree as a wheel lays it out: only there is eval/ inside the package.
 lint: .venv/installed

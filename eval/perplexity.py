@@ -20,9 +20,16 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from sparsegpt_lite import memory
 from sparsegpt_lite.activations import SuspendedForwards
-from sparsegpt_lite.blocks import BlockModel, LoadedModel, StreamedModel, device_name, pick_device, pick_dtype
+from sparsegpt_lite.blocks import (
+    BlockModel,
+    LoadedModel,
+    StreamedModel,
+    device_name,
+    loading,
+    pick_device,
+    pick_dtype,
+)
 from sparsegpt_lite.calibration import Windows, check_vocabulary, cut, load_tokenizer, open_text, window_length
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.config import EvalConfig
@@ -147,10 +154,8 @@ def window_losses(model: BlockModel, tokens: Tensor, batch_size: int, progress: 
             forwards = [partial(_forward, model, batch) for batch in some.split(batch_size)]
             with SuspendedForwards(model.blocks, forwards) as suspended:
                 while (block := suspended.block) is not None:
-                    model.load(block)
-                    suspended.advance()
-                    model.drop(block)
-                    memory.give_back()
+                    with loading(model, block):
+                        suspended.advance()
                     bar.update()
             losses += suspended.results
     return torch.cat(losses)

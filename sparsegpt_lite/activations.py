@@ -24,10 +24,16 @@ class BlockCall:
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inward: Callable[[Any], Any]
 
     def run(self) -> Any:
         """Run the block on what it was called with."""
-        return self.forward(*self.args, **self.kwargs)
+        args, kwargs = self.inward((self.args, self.kwargs))
+        return self.forward(*args, **kwargs)
+
+
+def _stay(tree: Any) -> Any:
+    return tree
 
 
 class SuspendedForwards:
@@ -41,14 +47,22 @@ class SuspendedForwards:
             results = suspended.results
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], forwards: Sequence[Callable[[], Any]]) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        forwards: Sequence[Callable[[], Any]],
+        inward: Callable[[Any], Any] = _stay,
+        outward: Callable[[Any], Any] = _stay,
+    ) -> None:
         """Prepare the forwards; they start when the context is entered.
 
         Args:
             blocks: Modules to pause at, by name.
             forwards: Functions that run the model, one per batch.
+            inward: Moves what a block is called with to where the block is.
+            outward: Moves what it returns to where that waits for the next block.
         """
-        self.blocks = blocks
+        self.blocks, self._inward, self._outward = blocks, inward, outward
         self.results: list[Any] = [None] * len(forwards)
         self.visited: list[str] = []
         self._main = getcurrent()
@@ -84,7 +98,7 @@ class SuspendedForwards:
         def paused(*args: Any, **kwargs: Any) -> Any:
             if getcurrent() is self._main:  # called by a block that is being run
                 return forward(*args, **kwargs)
-            return self._main.switch(BlockCall(name, forward, args, kwargs))
+            return self._main.switch(BlockCall(name, forward, args, kwargs, self._inward))
 
         return paused
 
@@ -101,9 +115,7 @@ class SuspendedForwards:
         if len(names) > 1:
             raise ModelError(f"batches went different ways through the model: {sorted(map(str, names))}")
         self.block: str | None = names.pop() if names else None
-        if self.block in self.visited:
-            raise ModelError(f"{self.block}: is called twice in one forward, which cannot be pruned block by block")
-        if self.block is not None:
+        if self.block is not None and self.block not in self.visited:
             self.visited.append(self.block)
 
     @property
@@ -112,11 +124,14 @@ class SuspendedForwards:
         return [call for call in self._waiting if call is not None]
 
     def advance(self) -> None:
-        """Run the current block for every forward and let each go on to its next block call or its end."""
+        """Run the current block for every forward and let each go on to its next block call or its end.
+
+        A model may call a block again later; `visited` has each once.
+        """
         for i in range(len(self._waiting)):
             call = self._waiting[i]
             if call is not None:
-                output = call.run()
+                output = self._outward(call.run())
                 self._waiting[i] = call = None  # frees the block's inputs before the forward goes on
                 self._switch(i, output)
         self._agree()

@@ -1,14 +1,13 @@
-"""Where are the decoder blocks and their prunable matrices?
+"""Where are the decoder blocks and what may be pruned in them?
 
 The model is a skeleton on the meta device; one block at a time is filled from the checkpoint by transformers' own
 loader and emptied again. Everything private of transformers is called here and nowhere else.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,75 +25,40 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from sparsegpt_lite import memory
 from sparsegpt_lite.checkpoint import DTYPES, Checkpoint
+from sparsegpt_lite.config import PruneConfig
 from sparsegpt_lite.errors import CheckpointError, ConfigError, ModelError, one_line
-
-# Layers that choose instead of computing: a wrong choice costs more than their few weights save.
-LEFT_OUT = "left out by --skip"
-CHOOSERS = re.compile(r"(^|\.)(router|gate|shared_expert_gate|modality_router|indexer)(\.|$)")
+from sparsegpt_lite.matrices import Matrix, Piece, Weight, arrangements, left_out, natural, why_dense
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """The weight of one linear layer, seen as W [d_out, d_in] whatever its layout.
+def candidates(model: "BlockModel", block: str, config: PruneConfig) -> tuple[list[Weight], dict[str, str]]:
+    """List what may be pruned in a block, and why its other weights of two or more dimensions stay dense.
 
-    Attributes:
-        name: Name of the parameter in the model, `model.layers.0.mlp.up_proj.weight`.
-        module: The layer.
-        d_out: Outputs.
-        d_in: Inputs.
-        stored: Dtype that the weight has where the model is kept.
+    Returns:
+        Weights, and a reason by the name of each tensor that stays dense.
     """
-
-    name: str
-    module: nn.Module
-    d_out: int
-    d_in: int
-    stored: torch.dtype
-
-    def read(self) -> Tensor:
-        """W [d_out, d_in] in the dtype of the model; may share memory with the layer."""
-        weight: Tensor = self.module.weight.data  # type: ignore[assignment]
-        return weight.T if isinstance(self.module, Conv1D) else weight
-
-    def replace(self, W: Tensor) -> None:
-        """Put W [d_out, d_in] in the place of the weight, with the values that it has in the dtype on disk.
-
-        Zeros are +0.0. A kept weight that would vanish in one of the dtypes becomes the smallest number that does not.
-        """
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        W = W.T if isinstance(self.module, Conv1D) else W
-        new = W.to(weight.dtype).to(self.stored)
-        smallest = max(torch.finfo(t).smallest_normal * torch.finfo(t).eps for t in (weight.dtype, self.stored))
-        vanished = (new == 0) & (W != 0)
-        new = torch.where(vanished, torch.copysign(torch.tensor(smallest, device=W.device), W).to(self.stored), new)
-        weight.data = torch.where(new == 0, 0, new).to(weight.dtype).contiguous()
-
-
-def matrices(model: "BlockModel", block: str, skip: str | None) -> tuple[list[Matrix], dict[str, str]]:
-    """List what can be pruned in a block, and why its other weights of two or more dimensions stay dense."""
-    found: list[Matrix] = []
+    found: list[Weight] = []
     dense: dict[str, str] = {}
     for path, module in model.blocks[block].named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = ".".join(filter(None, (block, path, leaf)))
             if parameter.ndim < 2:
                 continue
-            stored = model.stored(name)
-            if leaf != "weight" or not isinstance(module, (nn.Linear, Conv1D)):
-                dense[name] = f"not a linear layer ({type(module).__name__} {list(parameter.shape)})"
-            elif CHOOSERS.search(path):
-                dense[name] = "chooses between experts or tokens"
-            elif stored is None:
-                dense[name] = "is stored in parts or fused on disk"
-            elif skip and (re.search(skip, name) or re.search(skip, stored[0])):
-                dense[name] = LEFT_OUT
+            name = ".".join(filter(None, (block, path, leaf)))
+            reason = why_dense(path, module, leaf, parameter)
+            weight = Weight(name, module, parameter, model.pieces(name) if reason is None else [])
+            kept = weight.tensors or model.names(name)
+            if reason is None and not weight.pieces:
+                reason = "is stored in another form on disk"
+            if reason is None:
+                reasons = {left_out((name, one), config) for one in kept}
+                reason = reasons.pop() if len(reasons) == 1 else None
+            if reason is None:
+                found.append(weight)
             else:
-                d_out, d_in = parameter.shape[::-1] if isinstance(module, Conv1D) else parameter.shape
-                found.append(Matrix(name, module, d_out, d_in, stored[1]))
+                dense |= dict.fromkeys(kept, reason)
     return found, dense
 
 
@@ -129,6 +93,35 @@ def _outermost(
             yield from _outermost(child, wanted, name)
 
 
+@contextmanager
+def loading(model: "BlockModel", block: str) -> Iterator[None]:
+    """Have a block loaded while in context, and its memory back afterwards."""
+    model.load(block)
+    try:
+        yield
+    finally:
+        model.drop(block)
+        memory.give_back()
+
+
+def outside(model: "BlockModel", reasons: Mapping[str, str]) -> dict[str, str]:
+    """Why the weights of two or more dimensions stay dense that are in no block, or in one of those with a reason."""
+    head, dense = model.module.get_output_embeddings(), dict[str, str]()
+    for path, module in model.module.named_modules():
+        block = next((b for b in model.blocks if path == b or path.startswith(f"{b}.")), None)
+        if block is not None and block not in reasons:
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            reason = "outside of the decoder blocks" if block is None else reasons[block]
+            if block is None and (isinstance(module, nn.Embedding) or module is head):
+                reason = "the output layer" if module is head else "an embedding"
+            for name in model.names(f"{path}.{leaf}" if path else leaf):
+                dense.setdefault(name, reason)
+    return dense
+
+
 class BlockModel(Protocol):
     """A model whose blocks are there between `load` and `drop`."""
 
@@ -142,8 +135,14 @@ class BlockModel(Protocol):
     def drop(self, block: str) -> None:
         """Free them again."""
 
-    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
-        """Name and dtype of a parameter where it is kept; None where it is no tensor of its own there."""
+    def pieces(self, parameter: str) -> list[Piece]:
+        """Where the parts of a parameter are kept; none where that is not known."""
+
+    def names(self, parameter: str) -> list[str]:
+        """Names of the tensors that a parameter is made of."""
+
+    def others(self) -> dict[str, str]:
+        """Why the tensors stay dense that are no parameters."""
 
 
 class LoadedModel:
@@ -153,16 +152,14 @@ class LoadedModel:
         """Find the blocks of a model.
 
         Raises:
-            ModelError: It has none, or two of them share a weight.
+            ModelError: It has none.
         """
         self.module = module
         self.blocks = find_blocks(module)
         self.device = module.device
-        owner: dict[int, str] = {}
-        for name, block in self.blocks.items():
-            for parameter in block.parameters():
-                if owner.setdefault(id(parameter), name) != name:
-                    raise ModelError(_shared(name, owner[id(parameter)]))
+        self._first: dict[int, str] = {}  # a parameter that several modules share has the first of its names
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            self._first.setdefault(id(parameter), name)
 
     def __enter__(self) -> "LoadedModel":
         self._training = self.module.training
@@ -178,9 +175,18 @@ class LoadedModel:
     def drop(self, block: str) -> None:
         """Nothing to do."""
 
-    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
-        """Its own name and dtype."""
-        return parameter, self.module.get_parameter(parameter).dtype
+    def pieces(self, parameter: str) -> list[Piece]:
+        """All of it is kept in itself."""
+        kept = self.module.get_parameter(parameter)
+        return [Piece(self._first[id(kept)], kept.dtype)]
+
+    def names(self, parameter: str) -> list[str]:
+        """Its own name."""
+        return [self._first[id(self.module.get_parameter(parameter))]]
+
+    def others(self) -> dict[str, str]:
+        """None."""
+        return {}
 
 
 class StreamedModel:
@@ -191,6 +197,7 @@ class StreamedModel:
         blocks: Candidate blocks by name.
         device: Where loaded weights and buffers go.
         dtype: Of the loaded weights.
+        elsewhere: Folder of the tensors on disk that are to be read from another one than the checkpoint's.
     """
 
     def __init__(
@@ -210,15 +217,18 @@ class StreamedModel:
 
         Raises:
             CheckpointError: A parameter has no tensor on disk, or one of another shape.
-            ModelError: transformers does not know the model, it has no blocks, or two of them share a weight.
+            ModelError: transformers does not know the model, or it has no blocks.
         """
         self.checkpoint, self.device = checkpoint, device
+        self.elsewhere: Mapping[str, Path] = {}
         self.dtype = dtype or disk_dtype(checkpoint)
         self.module = _skeleton(checkpoint, self.dtype, device, trust_remote_code)
         self.blocks = find_blocks(self.module)
         self._mapping = get_model_conversion_mapping(self.module)
         self._targets = self._map_names()
-        self._disk = {target: name for name, (target, converts) in self._targets.items() if not converts}
+        self._sources: dict[str, list[str]] = {}
+        for name in sorted(self._targets, key=natural):
+            self._sources.setdefault(self._targets[name][0], []).append(name)
         self._check_names()
 
     def _map_names(self) -> dict[str, tuple[str, bool]]:
@@ -238,10 +248,6 @@ class StreamedModel:
         """Compare what the model needs with what is on disk, as far as no conversion stands between them."""
         state = self.module.state_dict()
         tied = self.module.all_tied_weights_keys
-        for target, source in tied.items():
-            a, b = (next((n for n in self.blocks if name.startswith(f"{n}.")), None) for name in (target, source))
-            if a and b and a != b:
-                raise ModelError(_shared(a, b))
         there = {target for target, _ in self._targets.values()}
         converted = any(converts for _, converts in self._targets.values())
         missing = [n for n in state if n not in there and n not in tied and n not in tied.values()]
@@ -257,8 +263,12 @@ class StreamedModel:
                     f"{list(state[target].shape)}; fetch both again"
                 )
 
-    def load_outer(self, head: bool) -> None:
+    def load_outer(self, head: bool, device: torch.device | None = None) -> None:
         """Load what is in no block: embeddings, final norm, and with `head` the output layer.
+
+        Args:
+            head: Whether the output layer is needed.
+            device: Where it goes; to the blocks by default.
 
         Raises:
             CheckpointError: Some of it is not on disk.
@@ -266,7 +276,7 @@ class StreamedModel:
         output = self.module.get_output_embeddings()
         names = [f"{n}." for n, m in self.module.named_modules() if m is output and not head]
         inside = tuple(f"{block}." for block in self.blocks)
-        self._load(lambda target: not target.startswith((*inside, *names)))
+        self._load(lambda target: not target.startswith((*inside, *names)), device)
         for target, source in self.module.all_tied_weights_keys.items():
             if not target.startswith(inside):
                 self._tie(target, source)
@@ -274,6 +284,10 @@ class StreamedModel:
         left = [n for n, t in state.items() if t.is_meta and not n.startswith((*inside, *names))]
         if left:
             raise CheckpointError(_not_on_disk(self.checkpoint, left))
+        if device is not None:
+            for name, buffer in list(self.module.named_buffers()):
+                if not name.startswith(inside):
+                    _set(self.module, name, buffer.to(device))
 
     def _tie(self, target: str, source: str) -> None:
         """Let two tied parameters be one, whichever of them is loaded."""
@@ -284,26 +298,33 @@ class StreamedModel:
             _set(self.module, source, a)
 
     def load(self, block: str) -> None:
-        """Fill a block from the checkpoint.
+        """Fill a block from the checkpoint, what it shares with other blocks included.
 
         Raises:
             CheckpointError: Some of its weights are not on disk.
         """
-        self._load(lambda target: target.startswith(f"{block}."))
+        inside = f"{block}."
+        ties = {t: s for t, s in self.module.all_tied_weights_keys.items() if t.startswith(inside)}
+        borrowed = {source for source in ties.values() if not source.startswith(inside)}
+        self._load(lambda target: target.startswith(inside) or target in borrowed)
+        for target, source in ties.items():
+            self._tie(target, source)
+        for source in borrowed:
+            set_module_tensor_to_device(self.module, source, "meta", clear_cache=False)
         left = [n for n, t in self.blocks[block].state_dict(keep_vars=True).items() if t.is_meta]
         if left:
             raise CheckpointError(_not_on_disk(self.checkpoint, [f"{block}.{name}" for name in left]))
 
-    def _load(self, wanted: Callable[[str], bool]) -> None:
+    def _load(self, wanted: Callable[[str], bool], device: torch.device | None = None) -> None:
         """Let transformers load the tensors whose target in the model is wanted."""
         names = [name for name, (target, _) in self._targets.items() if wanted(target)]
         config = LoadStateDictConfig(
-            device_map={"": str(self.device)},
+            device_map={"": str(device or self.device)},
             dtype=self.dtype,
             dtype_plan=self.module._get_dtype_plan(self.dtype),
             weight_mapping=deepcopy(self._mapping),
         )
-        with self.checkpoint.slices(names) as slices, _without_bars():
+        with self.checkpoint.slices(names, self.elsewhere) as slices, _without_bars():
             convert_and_load_state_dict_in_model(self.module, slices, config, None)
 
     def drop(self, block: str) -> None:
@@ -311,23 +332,74 @@ class StreamedModel:
         for name, _ in list(self.blocks[block].named_parameters()):
             set_module_tensor_to_device(self.blocks[block], name, "meta", clear_cache=False)
 
-    def surplus(self) -> list[str]:
-        """Tensors on disk that the model which config.json describes does not have; they are copied as they are."""
-        state = self.module.state_dict()
-        return [n for n, (target, converts) in self._targets.items() if not converts and target not in state]
+    def others(self) -> dict[str, str]:
+        """Why the tensors on disk stay dense that are no parameters of the model; they are copied as they are."""
+        parameters, state = dict(self.module.named_parameters()), self.module.state_dict()
+        return {
+            name: "a buffer" if target in state else "not in the model that config.json describes"
+            for name, (target, converts) in self._targets.items()
+            if target not in parameters and (not converts or target in state)
+        }
 
-    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
-        """Name and dtype of a parameter on disk; None where it is not there as one tensor."""
-        name = self._disk.get(parameter)
-        return (name, DTYPES[self.checkpoint.entries[name].dtype]) if name else None
+    def names(self, parameter: str) -> list[str]:
+        """Names on disk of the tensors that a parameter is made of; its own name where there are none."""
+        own = self.module.all_tied_weights_keys.get(parameter, parameter)
+        return self._sources.get(parameter) or self._sources.get(own) or [parameter]
 
-    def disk_name(self, parameter: str) -> str:
-        """Name of a parameter in the checkpoint; its name in the model where it has none there."""
-        return self._disk.get(parameter, parameter)
+    def pieces(self, parameter: str) -> list[Piece]:
+        """Where the parts of a parameter lie on disk; what conversions make of them is checked once it is loaded."""
+        names, tensor = self.names(parameter), self.module.get_parameter(parameter)
+        own = names[0] in self._targets
+        if own and len(names) == 1 and not self._targets[names[0]][1]:
+            return [Piece(names[0], DTYPES[self.checkpoint.entries[names[0]].dtype])]
+        if not own:  # what this parameter is a part of goes by the name of another one
+            block = next((b for b in self.blocks if parameter.startswith(f"{b}.")), parameter)
+            names = [n for n, (t, converts) in self._targets.items() if converts and t.startswith(f"{block}.")]
+        kept = {n: (e.shape, DTYPES[e.dtype]) for n in names if (e := self.checkpoint.entries[n]).dtype in DTYPES}
+        for pieces in arrangements(tuple(tensor.shape), kept, own):
+            if tensor.is_meta or self._holds(tensor, pieces):
+                return pieces
+        return []
 
-    def on_disk(self, changed: set[str]) -> dict[str, Tensor]:
-        """Give changed parameters of the loaded block by their names in the checkpoint."""
-        return {self._disk[name]: self.module.get_parameter(name).data for name in changed}
+    def _holds(self, tensor: Tensor, pieces: Sequence[Piece]) -> bool:
+        """Whether a loaded parameter is made of these pieces: their first and last rows tell."""
+        with self.checkpoint.slices([piece.tensor for piece in pieces], self.elsewhere) as slices:
+            for piece in pieces:
+                part, rows = tensor[piece.part], piece.at[-1] if piece.at else slice(0, None)
+                for row in (0, len(part) - 1):
+                    there = rows.start + row * (rows.step or 1)
+                    index = (*piece.at[:-1], slice(there, there + 1))
+                    same = slices[piece.tensor][index].reshape(-1).to(tensor.dtype), part[row].cpu()
+                    if not torch.allclose(*same, rtol=0, atol=0, equal_nan=True):
+                        return False
+        return True
+
+    def on_disk(self, matrices: Iterable[Matrix]) -> Iterator[tuple[str, Tensor]]:
+        """Give the tensors on disk that matrices of the loaded block are parts of, one after the other."""
+        parts: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            parts.setdefault(matrix.tensor, []).append(matrix)
+        for name, some in sorted(parts.items()):
+            first = some[0]
+            if first.at == ():
+                yield name, first.weight.parameter.data[first.part]
+                continue
+            with self.checkpoint.slices([name], self.elsewhere) as slices:
+                tensor = slices[name][...].clone()
+            for matrix in some:
+                tensor[matrix.at] = matrix.weight.parameter.data[matrix.part]
+            yield name, tensor
+
+
+@contextmanager
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let experts multiply one by one, as their Hessians need it, not in one grouped kernel."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def pick_device(name: str) -> torch.device:
@@ -357,10 +429,6 @@ def device_name(device: torch.device) -> str:
 def pick_dtype(name: str) -> torch.dtype | None:
     """Dtype of a `--dtype` option; None for auto."""
     return None if name == "auto" else getattr(torch, name)
-
-
-def _shared(a: str, b: str) -> str:
-    return f"{a}: shares weights with {b}, which is not supported; choose another model"
 
 
 def _not_on_disk(checkpoint: Checkpoint, missing: list[str]) -> str:

@@ -1,18 +1,13 @@
-"""How do bytes become tensors and back? Checkpoints of Hugging Face, read and written tensor by tensor.
+"""How do bytes become tensors? Checkpoints of Hugging Face, opened for reading one tensor at a time."""
 
-The output has the names, dtypes, shapes and shards of its source: each shard starts as a copy, pruned tensors are
-written over their own bytes, and a file gets its final name when all of it is on the disk.
-"""
-
+import hashlib
 import json
-import os
 import re
-import shutil
 import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ from torch import Tensor
 
 from sparsegpt_lite.errors import CheckpointError, one_line
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "sparsity.json"
@@ -89,7 +85,8 @@ class Checkpoint:
                 self.entries[key] = entry
 
     def _config(self) -> dict[str, Any]:
-        path = self.folder / "config.json"
+        path = self.folder / CONFIG
+        self._check_link(path)
         if not path.is_file():
             raise CheckpointError(f"{self.folder}: no config.json; give the folder or Hub id of a transformers model")
         config = read_json(path)
@@ -101,9 +98,11 @@ class Checkpoint:
         return config
 
     def _shards(self) -> list[str]:
+        index = self.folder / INDEX
+        for path in (self.folder / SINGLE, index):
+            self._check_link(path)
         if (self.folder / SINGLE).is_file():  # goes before an index for transformers too
             return [SINGLE]
-        index = self.folder / INDEX
         if not index.is_file():
             pickles = sorted(p.name for pattern in UNSAFE for p in self.folder.glob(pattern))
             found = f"only {pickles[0]}, which runs code when opened" if pickles else "none"
@@ -121,7 +120,22 @@ class Checkpoint:
                 )
             if not (self.folder / shard).is_file():
                 raise CheckpointError(f"{index}: names {shard}, which is missing; fetch the model again")
+            self._check_link(self.folder / shard)
         return sorted(set(weight_map.values()))
+
+    def _within(self, path: Path) -> bool:
+        """Whether a file lies in the folder, or for a snapshot anywhere in the cache of its repository."""
+        folder = self.folder.resolve()
+        return path.resolve().is_relative_to(folder.parent.parent if self.commit else folder)
+
+    def _check_link(self, path: Path) -> None:
+        """Refuse a link that leads out of the folder: such a model may not be what its folder's name says."""
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: is a link to a file that is missing; fetch the model again")
+        if path.is_symlink() and not self._within(path):
+            raise CheckpointError(
+                f"{path}: is a link to a file outside of the folder; copy the file there in place of the link"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -133,22 +147,45 @@ class Checkpoint:
         """Commit of a Hub repository; None for a folder that is no snapshot."""
         return self.folder.name if self.folder.parent.name == "snapshots" else None
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of config.json, of every tensor's name and place, and of 64 bytes from the middle of its data."""
+        by_shard: dict[str, list[tuple[str, Entry]]] = {}
+        for name, entry in self.entries.items():
+            by_shard.setdefault(entry.shard, []).append((name, entry))
+        samples = {}
+        for shard, tensors in by_shard.items():
+            with (self.folder / shard).open("rb") as file:
+                for name, entry in tensors:
+                    file.seek(max(entry.start, (entry.start + entry.stop) // 2 - 32))
+                    samples[name] = file.read(min(64, entry.stop - entry.start))
+        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        for name, entry in sorted(self.entries.items()):
+            place = [name, entry.shard, entry.dtype, entry.shape, entry.start, entry.stop]
+            digest.update(json.dumps(place).encode() + samples[name])
+        return digest.hexdigest()
+
     def companions(self) -> list[Path]:
-        """Files that come along unchanged: configs, tokenizer, licence, the index of the shards where it is in use."""
+        """Files that come along unchanged: configs, tokenizer, licence, the index of the shards where it is in use.
+
+        Links that lead out of the folder stay behind.
+        """
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         found = {path for path in found if path.name != REPORT and not path.name.endswith(".index.json")}
+        found = {path for path in found if self._within(path)}
         return sorted(found | ({self.folder / INDEX} if self.shards != [SINGLE] else set()))
 
     @contextmanager
-    def slices(self, names: Sequence[str], folder: Path | None = None) -> Iterator[dict[str, Any]]:
-        """Open the named tensors lazily, from `folder` instead of the source where given.
+    def slices(self, names: Sequence[str], elsewhere: Mapping[str, Path] | None = None) -> Iterator[dict[str, Any]]:
+        """Open the named tensors lazily, those of `elsewhere` from the shard of that name in the folder given there.
 
         Each call opens the shards anew: what a handle has once mapped shows later writes to that memory.
         """
+        folders = elsewhere or {}
+        paths = {name: folders.get(name, self.folder) / self.entries[name].shard for name in names}
         with ExitStack() as stack:
-            shards = {self.entries[name].shard for name in names}
-            files = {s: stack.enter_context(safe_open((folder or self.folder) / s, framework="pt")) for s in shards}
-            yield {name: files[self.entries[name].shard].get_slice(name) for name in names}
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(paths.values())}
+            yield {name: files[path].get_slice(name) for name, path in paths.items()}
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, in the shape and dtype of the disk."""
@@ -226,183 +263,3 @@ def read_header(path: Path) -> dict[str, Entry]:
         name: Entry(path.name, e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
         for name, e in header.items()
     }
-
-
-class Writer:
-    """Writes a checkpoint of the layout of `source` into `target`, block by block.
-
-    Everything grows in `target/.work`; `finish` gives the files their names, config.json last. The journal there has
-    a line with a checksum for each block that is safely on the disk, after a first line that says whose run it is.
-    Leaving the context by an error removes what was not finished.
-    """
-
-    def __init__(self, source: Checkpoint, target: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
-        """Claim the output folder and copy the shards of the source there.
-
-        Args:
-            source: What is pruned.
-            target: Output folder: absent, empty, or with `overwrite` one that an earlier run of ours made.
-            run: What identifies the run; the first line of the journal.
-            overwrite: Replace an earlier output of ours.
-
-        Raises:
-            CheckpointError: The folder holds something else, cannot be written, or the disk is too full.
-        """
-        self.source, self.target, self.work = source, target, target / WORK
-        check_target(source, target, overwrite)
-        self.journal = Journal(self.work / "journal")
-        try:
-            with self._explained():
-                shutil.rmtree(self.work, ignore_errors=True)
-                self.work.mkdir(parents=True)
-                self.journal.append({"run": run})
-                for shard in source.shards:
-                    shutil.copyfile(source.folder / shard, self.work / shard)
-                    _sync(self.work / shard)
-                    self.journal.append({"copied": shard})
-                _sync(self.work)
-        except BaseException:
-            self._clear()
-            raise
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._clear()
-
-    def _clear(self) -> None:
-        """Remove what was not finished."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        with suppress(OSError):  # holds an earlier output
-            self.target.rmdir()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Make one line of ours of what the system says of a disk."""
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.target}: cannot be written ({one_line(error)}); make room there, or choose another --out"
-            ) from error
-
-    def write(self, block: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Put the pruned tensors of a block in their places and note in the journal that the block is done.
-
-        Args:
-            block: Its name.
-            tensors: On-disk name -> tensor of the on-disk shape; cast to the on-disk dtype.
-            record: What the report needs to know of the block.
-        """
-        sums = {}
-        files: dict[str, list[str]] = {}
-        for name in sorted(tensors):
-            files.setdefault(self.source.entries[name].shard, []).append(name)
-        with self._explained():
-            for shard, names in files.items():
-                with (self.work / shard).open("r+b") as file:
-                    for name in names:
-                        data = self._bytes(name, tensors[name])
-                        file.seek(self.source.entries[name].start)
-                        file.write(data)
-                        sums[name] = f"{zlib.crc32(data):08x}"
-                    file.flush()
-                    os.fsync(file.fileno())
-            self.journal.append({"block": block, "crc32": sums, "record": record})
-
-    def _bytes(self, name: str, tensor: Tensor) -> memoryview:
-        entry = self.source.entries[name]
-        if tuple(tensor.shape) != entry.shape:
-            raise CheckpointError(f"{name}: {list(entry.shape)} on disk, but {list(tensor.shape)} would be written")
-        data = tensor.detach().to("cpu", DTYPES[entry.dtype]).contiguous()
-        return memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-    def finish(self, files: Mapping[str, str]) -> None:
-        """Give everything its final name: shards, tokenizer and configs, `files` (name -> text), config.json last.
-
-        An earlier output goes first, its config.json before all else, so that no mixture of two can be loaded.
-        """
-        with self._explained():
-            for path in self.source.companions():
-                shutil.copyfile(path, self.work / path.name)
-            for name, text in files.items():
-                (self.work / name).write_text(text, encoding="utf-8")
-            self.journal.append({"complete": True})
-            names = sorted(path.name for path in self.work.iterdir() if path != self.journal.path)
-            names.sort(key=lambda name: (name == "config.json", not name.endswith(".safetensors")))
-            for name in names:
-                _sync(self.work / name)
-            for old in (self.target / "config.json", *self.target.glob("*.safetensors"), self.target / INDEX):
-                old.unlink(missing_ok=True)
-            try:
-                for name in names:
-                    (self.work / name).replace(self.target / name)
-            except OSError:
-                for name in names:
-                    (self.target / name).unlink(missing_ok=True)
-                raise
-            _sync(self.target)
-            shutil.rmtree(self.work)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_target(source: Checkpoint, target: Path, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done.
-
-    Raises:
-        CheckpointError: It is the source or something that we did not make, or the disk has too little room.
-    """
-    if target.resolve() == source.folder:
-        raise CheckpointError(f"{target}: is the model itself; choose another --out")
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file; choose another --out")
-    if target.is_dir() and any(target.iterdir()):
-        ours = (target / REPORT).is_file() or (target / WORK / "journal").is_file()
-        if not ours:
-            raise CheckpointError(f"{target}: exists and is not an output of ours; choose another --out")
-        if not overwrite:
-            raise CheckpointError(f"{target}: holds an earlier run; choose another --out or add --overwrite")
-    parent = next(p for p in (target.resolve(), *target.resolve().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{target}: {parent} is no folder to write to; choose another --out")
-    free = shutil.disk_usage(parent).free
-    if free < source.nbytes * 1.01:
-        raise CheckpointError(
-            f"{target}: {source.nbytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on that disk; "
-            f"free some, or choose another --out"
-        )
-
-
-class Journal:
-    """An append-only file of JSON lines, each behind its checksum, each on the disk before the next step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line and wait until it is on the disk."""
-        body = json.dumps(record, sort_keys=True).encode()
-        with self.path.open("ab") as file:
-            file.write(b"%08x %b\n" % (zlib.crc32(body), body))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def records(self) -> list[dict[str, Any]]:
-        """Every whole line, up to the first that is torn or damaged."""
-        records = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            checksum, _, body = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or not body or checksum != b"%08x" % zlib.crc32(body):
-                break
-            records.append(json.loads(body))
-        return records

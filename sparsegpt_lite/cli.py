@@ -5,7 +5,12 @@ Results go to stdout, progress and errors to stderr. torch and transformers load
 
 import json
 import os
+import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +58,8 @@ class Prune:
     """Take model and options from the sparsity.json of an earlier run; what is typed besides goes before them."""
     overwrite: bool = False
     """Replace an earlier output in that folder."""
+    resume: bool = False
+    """Go on with a run that was stopped or killed; finished blocks are read back from the output folder."""
     eval: MaybeStr = None
     """Evaluate before and after on wikitext2, c4, another data set, or a text file."""
     json: bool = False
@@ -64,17 +71,22 @@ class Prune:
         """Prune, evaluate if asked to, and print the report."""
         from sparsegpt_lite.pipeline import prune
 
-        pattern = self.config.sparsity.replace(":", "of")
-        out = self.out or Path(f"{Path(self.model).resolve().name}-{self.config.method}-{pattern}")
         report = prune(
             self.model,
-            out,
+            self.target,
             self.config,
             evaluate=self._perplexity if self.eval else None,
             overwrite=self.overwrite,
+            resume=self.resume,
             progress=not self.quiet,
         )
         print(report.to_json() if self.json else report.target if self.quiet else report.table())
+
+    @property
+    def target(self) -> Path:
+        """Output folder."""
+        pattern = self.config.sparsity.replace(":", "of")
+        return self.out or Path(f"{Path(self.model).resolve().name}-{self.config.method}-{pattern}")
 
     def _perplexity(self, model: str) -> dict[str, Any]:
         from sparsegpt_lite.eval.perplexity import perplexity
@@ -204,21 +216,50 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, rest = (argv[0], argv[1:]) if argv[0] in COMMANDS else ("prune", argv)
+    command = None
     try:
-        options: dict[str, Any] = {"prog": f"{PROGRAM} {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
-        if name == "prune" and (earlier := _earlier_run(rest)):
-            options["default"] = earlier
-        command = tyro.cli(COMMANDS[name], args=rest, **options)
-        if getattr(command, "quiet", False):
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        command.run()
+        with _terminable():
+            options: dict[str, Any] = {"prog": f"{PROGRAM} {name}", "config": (tyro.conf.FlagCreatePairsOff,)}
+            if name == "prune" and (earlier := _earlier_run(rest)):
+                options["default"] = earlier
+            command = tyro.cli(COMMANDS[name], args=rest, **options)
+            if getattr(command, "quiet", False):
+                os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+            command.run()
     except (SparseGPTError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
-        print(f"{PROGRAM}: {_explained(error)}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        text = _explained(error)
+        if isinstance(command, Prune) and (command.target / ".work" / "journal").is_file() and "--resume" not in text:
+            again = [PROGRAM, *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"]
+            text += f"; what is finished is kept, go on with: {shlex.join(again)}"
+        print(f"{PROGRAM}: {text}", file=sys.stderr)
+        return error.code if isinstance(error, _Terminated) else 130 if isinstance(error, KeyboardInterrupt) else 1
     except BrokenPipeError:  # the reader of stdout went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to end a run as cleanly as Ctrl-C does."""
+
+    code = 128 + signal.SIGTERM
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make an exception of SIGTERM, where it can be had."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explained(error: BaseException) -> str:
@@ -226,7 +267,7 @@ def _explained(error: BaseException) -> str:
     if isinstance(error, SparseGPTError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return "terminated" if isinstance(error, _Terminated) else "interrupted"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
-        return f"out of memory ({one_line(error)}); lower --batch-size, --nsamples or --seqlen, or try another --device"
+        return f"out of memory ({one_line(error)}); lower --seqlen or --nsamples, or use --activations disk"
     raise error

@@ -12,6 +12,8 @@ from sparsegpt_lite.errors import ConfigError
 METHOD_NAMES = ("magnitude", "wanda", "sparsegpt")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 BOS_RULES = ("text", "document", "window")
+FEW_TOKENS = ("all", "magnitude")
+ACTIVATIONS = ("auto", "device", "host", "disk")
 
 MaybeStr = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
@@ -45,8 +47,20 @@ class PruneConfig:
     """Columns whose mask is chosen together by sparsegpt."""
     skip: MaybeStr = None
     """Leave weights dense whose name matches this regular expression."""
+    only: MaybeStr = None
+    """Prune no other weights than those whose name matches this regular expression."""
+    blocks: MaybeStr = None
+    """Prune these blocks only, counted from 0 in the order in which the model calls them: 0-11, or 0,2,5-7."""
+    few_tokens: str = "all"
+    """What prunes an expert that saw too few tokens: the Hessian of all tokens (all), or magnitude."""
+    token_floor: float = 0.25
+    """Too few are fewer tokens than this times the inputs of the matrix."""
+    hessian_gib: float = 4.0
+    """Memory for Hessians that are held together, in GiB; a block with more is run several times."""
     batch_size: int = 8
-    """Windows per forward."""
+    """Windows per forward; halved when the device runs out of memory."""
+    activations: str = "auto"
+    """Where activations wait for the next block: device, host or disk; auto takes the first with room for them."""
     device: str = "auto"
     """cuda, cuda:1 or cpu; auto takes CUDA where there is one."""
     dtype: str = "auto"
@@ -61,13 +75,21 @@ class PruneConfig:
         _one_of(self, "method", METHOD_NAMES)
         _at_least(self, nsamples=1, block_size=1, batch_size=1, seqlen=2, seed=0)
         _one_of(self, "dtype", DTYPE_NAMES)
+        _one_of(self, "few_tokens", FEW_TOKENS)
+        _one_of(self, "activations", ACTIVATIONS)
+        if not self.token_floor >= 0:
+            raise ConfigError(f"--token-floor {self.token_floor:g}: must be at least 0")
+        if not self.hessian_gib > 0:
+            raise ConfigError(f"--hessian-gib {self.hessian_gib:g}: must be above 0")
+        block_numbers(self.blocks)
         if not 0 <= self.damping < 1e3:
             raise ConfigError(f"--damping {self.damping:g}: must be a fraction of the mean diagonal, such as 0.01")
-        if self.skip is not None:
+        for name in ("skip", "only"):
+            pattern = getattr(self, name)
             try:
-                re.compile(self.skip)
+                re.compile(pattern or "")
             except re.error as error:
-                raise ConfigError(f"--skip {self.skip}: not a regular expression ({error}); correct it") from error
+                raise ConfigError(f"--{name} {pattern}: not a regular expression ({error}); correct it") from error
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,24 @@ class EvalConfig:
         _one_of(self, "bos", BOS_RULES)
 
 
+def block_numbers(blocks: str | None) -> frozenset[int] | None:
+    """Numbers of a `--blocks` option such as 0-11 or 0,2,5-7; None for all.
+
+    Raises:
+        ConfigError: Not of that form.
+    """
+    if blocks is None:
+        return None
+    numbers: set[int] = set()
+    for part in blocks.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ConfigError(f"--blocks {blocks}: no numbers of blocks; write them as 0-11 or 0,2,5-7")
+        numbers |= set(range(first, last + 1))
+    return frozenset(numbers)
+
+
 def _at_least(config: object, **lowest: int) -> None:
     for name, low in lowest.items():
         value = getattr(config, name)
@@ -113,4 +153,4 @@ def _at_least(config: object, **lowest: int) -> None:
 
 def _one_of(config: object, name: str, choices: tuple[str, ...]) -> None:
     if (value := getattr(config, name)) not in choices:
-        raise ConfigError(f"--{name} {value}: unknown; choose from {', '.join(choices)}")
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: unknown; choose from {', '.join(choices)}")

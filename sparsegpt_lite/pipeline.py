@@ -4,12 +4,12 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,25 +19,31 @@ from transformers import PreTrainedModel
 from sparsegpt_lite import memory
 from sparsegpt_lite.activations import BlockCall, SuspendedForwards
 from sparsegpt_lite.blocks import (
-    LEFT_OUT,
     BlockModel,
     LoadedModel,
-    Matrix,
     StreamedModel,
+    candidates,
     device_name,
-    matrices,
+    eager_experts,
+    loading,
+    outside,
     pick_device,
     pick_dtype,
 )
 from sparsegpt_lite.calibration import Windows, check_vocabulary, draw, load_tokenizer, open_text, window_length
-from sparsegpt_lite.checkpoint import REPORT, Checkpoint, Writer, check_target
-from sparsegpt_lite.config import PruneConfig
-from sparsegpt_lite.errors import CalibrationError, ConfigError, ModelError, SparseGPTError
-from sparsegpt_lite.hessian import Observer
+from sparsegpt_lite.checkpoint import REPORT, Checkpoint
+from sparsegpt_lite.config import PruneConfig, block_numbers
+from sparsegpt_lite.errors import CalibrationError, ConfigError, ModelError, SolverError, SparseGPTError, one_line
+from sparsegpt_lite.matrices import Matrix, left_out, put, tensor_of
 from sparsegpt_lite.methods import prune_layer
+from sparsegpt_lite.observation import Observation, Seen
+from sparsegpt_lite.placement import Placement, choose
 from sparsegpt_lite.report import MatrixReport, PruneReport
 from sparsegpt_lite.solver import reconstruction_error
 from sparsegpt_lite.sparsity import parse
+from sparsegpt_lite.writer import Writer, check_run, check_target, finished
+
+UNUSED, NOT_CHOSEN = "in a block that is not used on text", "left out by --blocks"
 
 
 def prune(  # noqa: PLR0913, the public door
@@ -48,6 +54,7 @@ def prune(  # noqa: PLR0913, the public door
     calibration: Windows | None = None,
     evaluate: Callable[[str], dict[str, Any]] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = False,
 ) -> PruneReport:
     """Prune a checkpoint into another, holding one decoder block in memory at a time.
@@ -60,6 +67,7 @@ def prune(  # noqa: PLR0913, the public door
         evaluate: Called with the source once all else is checked, and with the target at the end; what it returns goes
             into the report.
         overwrite: Replace an earlier output of ours.
+        resume: Go on with the run that did not come to its end in the target, if there is one; it must be this run.
         progress: Draw a bar on stderr.
 
     Returns:
@@ -72,36 +80,43 @@ def prune(  # noqa: PLR0913, the public door
         >>> report = prune("meta-llama/Llama-3.1-8B", "llama-2of4", PruneConfig(sparsity="2:4"))
     """
     config, target = config or PruneConfig(), Path(target).expanduser()
-    device = pick_device(config.device)
     checkpoint = Checkpoint(source, config.revision)
-    check_target(checkpoint, target, overwrite)
-    model = StreamedModel(checkpoint, device, pick_dtype(config.dtype), config.trust_remote_code)
+    check_target(checkpoint, target, overwrite, resume)
+    model = StreamedModel(checkpoint, pick_device(config.device), pick_dtype(config.dtype), config.trust_remote_code)
     check_shapes(model, config)
     calibration = calibration or calibrate(checkpoint, model.module.config, config)
     report = new_report(model, str(source), calibration, config)
-    report.commit = checkpoint.commit
-    report.perplexity = [evaluate(str(source))] if evaluate else []
+    report.checkpoint, report.commit, report.target = checkpoint.digest, checkpoint.commit, str(target)
+    if resume and finished(target):
+        return evaluated(finished_report(target, report), evaluate)
+    if evaluate and not resume:
+        report.perplexity = [evaluate(str(source))]
     started = time.monotonic()
-    run = {"source": str(checkpoint.folder), "config": report.config, "calibration": calibration.digest}
-    with Writer(checkpoint, target, run, overwrite) as writer:
+    with Writer(checkpoint, target, identity(report), overwrite, resume) as writer:
+        if evaluate:
+            report.perplexity = noted(writer, "perplexity") or report.perplexity or [evaluate(str(source))]
+            writer.note({"perplexity": report.perplexity[0]})
+        done = {block: Done.from_json(record) for block, record in writer.done.items()}
+        model.elsewhere = writer.written
+        report.resumed = len(done)
+        size = min([config.batch_size, *noted(writer, "batch_size")])
+        feed = Feed(calibration.tokens, size, place(model, calibration.tokens, config, writer.work))
 
-        def write(block: str, rows: list[MatrixReport]) -> None:
-            writer.write(block, model.on_disk({row.name for row in rows}), {"matrices": [*map(asdict, rows)]})
+        def write(block: str, matrices: list[Matrix], result: Done) -> None:
+            writer.write(block, model.on_disk(matrices), asdict(result))
 
-        with memory.PeakMemory(device) as peak:
-            model.load_outer(head=False)
-            prune_blocks(model, calibration.tokens, config, report, write, progress)
-        for row in report.matrices:
-            row.name = model.disk_name(row.name)
-        report.dense = {model.disk_name(name): reason for name, reason in report.dense.items()}
-        report.dense |= dict.fromkeys(model.surplus(), "not in the model that config.json describes")
-        report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
-        report.target, report.seconds = str(target), time.monotonic() - started
+        if not writer.complete:
+            with memory.PeakMemory(model.device) as peak:
+                model.load_outer(head=False, device=feed.placement.outer)
+                for attempt in feed.attempts(lambda size: writer.note({"batch_size": size})):
+                    with attempt:
+                        visited = prune_blocks(model, feed, config, done, write, progress)
+            fill(report, model, config, done, visited)
+            report.batch_size, report.activations = feed.batch_size, feed.placement.where
+            report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
+            report.seconds = time.monotonic() - started
         writer.finish({REPORT: report.to_json()})
-    if evaluate:
-        report.perplexity.append(evaluate(str(target)))
-        (target / REPORT).write_text(report.to_json(), encoding="utf-8")
-    return report
+    return evaluated(PruneReport.read(target / REPORT), evaluate)
 
 
 def prune_model(
@@ -112,7 +127,7 @@ def prune_model(
     Args:
         model: A decoder-only model of transformers.
         tokens: Calibration windows, int64 [nsamples, seqlen].
-        config: What to do; its fields about text, device and dtype are not used.
+        config: What to do; its fields about text, device, dtype and where activations wait are not used.
         progress: Draw a bar on stderr.
 
     Returns:
@@ -126,86 +141,149 @@ def prune_model(
     check_vocabulary(calibration, model.config)
     check_shapes(loaded, config)
     report = new_report(loaded, model.name_or_path or type(model).__name__, calibration, config)
-    started = time.monotonic()
+    started, done = time.monotonic(), dict[str, Done]()
+    feed = Feed(tokens, config.batch_size, Placement("device", loaded.device))
     with loaded, memory.PeakMemory(loaded.device) as peak:
-        prune_blocks(loaded, tokens, config, report, lambda block, rows: None, progress)
+        for attempt in feed.attempts(lambda size: None):
+            with attempt:
+                visited = prune_blocks(loaded, feed, config, done, lambda *_: None, progress)
+    fill(report, loaded, config, done, visited)
+    report.batch_size, report.activations = feed.batch_size, feed.placement.where
     report.seconds = time.monotonic() - started
     report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
     return report
 
 
+@dataclass(frozen=True)
+class Done:
+    """What came of a block: a row for each matrix that was pruned, and why the others stay dense."""
+
+    rows: list[MatrixReport]
+    dense: dict[str, str]
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Done":
+        """From a record of the journal."""
+        rows = [MatrixReport(**(row | {"shape": tuple(row["shape"])})) for row in record["rows"]]
+        return cls(rows, record["dense"])
+
+    @property
+    def tensors(self) -> set[str]:
+        """Tensors on disk that were written."""
+        return {tensor_of(row.name) for row in self.rows}
+
+
+@dataclass
+class Feed:
+    """Calibration tokens int64 [nsamples, seqlen], the windows of a forward, and where activations wait meanwhile."""
+
+    tokens: Tensor
+    batch_size: int
+    placement: Placement
+
+    def attempts(self, note: Callable[[int], None]) -> Iterator[AbstractContextManager[None]]:
+        """Contexts for a run: when the device is out of memory in one, the next comes with half the windows."""
+        failed: list[bool] = [True]
+        while failed.pop():
+            yield self._attempt(failed)
+            failed = failed or [False]
+            if failed[0]:
+                self.batch_size //= 2
+                note(self.batch_size)
+                memory.give_back()
+
+    @contextmanager
+    def _attempt(self, failed: list[bool]) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise
+            failed.append(True)
+
+
 def prune_blocks(
     model: BlockModel,
-    tokens: Tensor,
+    feed: Feed,
     config: PruneConfig,
-    report: PruneReport,
-    write: Callable[[str, list[MatrixReport]], None],
+    done: dict[str, Done],
+    write: Callable[[str, list[Matrix], Done], None],
     progress: bool,
-) -> None:
+) -> list[str]:
     """The loop: every block sees what the pruned blocks before it give, is solved from that, written, and passed on.
 
     Args:
         model: Blocks that can be loaded and dropped.
-        tokens: int64 [nsamples, seqlen].
+        feed: What is run through them.
         config: What to do.
-        report: Gets a row for each matrix.
-        write: Called with a block and its rows while the pruned block is still loaded.
+        done: Blocks that were finished before, which are only run; gets each block that is finished here.
+        write: Called with a block, its pruned matrices and its result while it is still loaded.
         progress: Draw a bar on stderr.
+
+    Returns:
+        The blocks in the order in which the model calls them.
     """
-    forwards = [partial(calibration_forward, model, batch) for batch in tokens.split(config.batch_size)]
+    place, chosen, pattern = feed.placement, block_numbers(config.blocks), str(parse(config.sparsity))
+    batches = [batch.to(place.outer) for batch in feed.tokens.split(feed.batch_size)]
+    forwards = [partial(calibration_forward, model.module, batch) for batch in batches]
     with (
         full_fp32(),
-        SuspendedForwards(model.blocks, forwards) as suspended,
+        eager_experts(model.module),
+        place.embedding(model.module.get_input_embeddings()),
+        SuspendedForwards(model.blocks, forwards, place.inward, place.outward) as suspended,
         tqdm(total=len(model.blocks), desc="pruning", unit="block", disable=not progress, file=sys.stderr) as bar,
     ):
-        while (block := suspended.block) is not None:
-            model.load(block)
-            found, dense = matrices(model, block, config.skip)
-            rows = []
-            for seen in observed(found, suspended.calls):
-                started = time.monotonic()
-                W = seen.matrix.read().float()  # [d_out, d_in]
-                with naming(seen.matrix.name):
-                    solution = prune_layer(W, seen.H, config.sparsity, config.method, config.damping, config.block_size)
-                seen.matrix.replace(solution.W)
-                rows.append(row(seen, block, W, solution.damping, config, time.monotonic() - started))
-                del seen, W, solution  # before the next block comes
-            pruned = {row.name for row in rows}
-            report.matrices += rows
-            report.dense |= dense | {m.name: "not used on text" for m in found if m.name not in pruned}
-            write(block, rows)
-            suspended.advance()
-            model.drop(block)
-            memory.give_back()
+        while (block := suspended.block) is not None and (chosen is None or len(suspended.visited) <= max(chosen) + 1):
+            with loading(model, block):
+                if block not in done and (chosen is None or suspended.visited.index(block) in chosen):
+                    solved, result = [], Done([], {})
+                    for matrix, seen in observed(model, block, suspended.calls, config, done, result.dense):
+                        started = time.monotonic()
+                        W = matrix.read().float()  # [d_out, d_in]
+                        H, method = (seen.H, config.method) if seen.H is not None else (nothing_seen(W), "magnitude")
+                        with naming(matrix.name):
+                            solution = prune_layer(W, H, config.sparsity, method, config.damping, config.block_size)
+                        solved.append((matrix, matrix.rounded(solution.W)))
+                        known = {"block": block, "pattern": pattern, "damping": solution.damping}
+                        result.rows.append(row(*solved[-1], seen, known | {"seconds": time.monotonic() - started}))
+                    if solved:
+                        del matrix, seen, W, H, solution  # before the next block comes
+                    put(solved)
+                    write(block, [matrix for matrix, _ in solved], result)
+                    done[block] = result
+                suspended.advance()
             bar.update()
-    report.dense |= dict.fromkeys(model.blocks.keys() - suspended.visited, "a block that is not used on text")
-    if not report.matrices:
-        reason = next(iter(report.dense.values()), "it has none")
-        raise ModelError(f"{report.source}: no matrix can be pruned ({reason}); choose another model")
+    return suspended.visited
 
 
-class Seen(NamedTuple):
-    """A matrix and the moments of its inputs: H fp32 [d_in, d_in], the mean of x xᵀ over `tokens` inputs."""
+def observed(
+    model: BlockModel,
+    block: str,
+    calls: list[BlockCall],
+    config: PruneConfig,
+    done: Mapping[str, Done],
+    dense: dict[str, str],
+) -> Iterator[tuple[Matrix, Seen]]:
+    """Run the waiting calls of a dense block; give every matrix that is to be pruned, with what it saw.
 
-    matrix: Matrix
-    H: Tensor
-    tokens: int
+    What other blocks share with this one and have pruned before is left as it is. `dense` gets a reason for each
+    tensor that stays dense.
+    """
+    weights, reasons = candidates(model, block, config)
+    before = {tensor for result in done.values() for tensor in result.tensors}
+    dense |= reasons
+    fresh = {weight.name: weight for weight in weights if not before.issuperset(weight.tensors)}
+    for seen in Observation(model.blocks[block], fresh, calls, config, dense).seen():
+        for matrix in seen.matrices:
+            if reason := left_out((matrix.weight.name, matrix.name), config):
+                dense[matrix.name] = reason
+            elif matrix.tensor not in before:
+                yield matrix, seen
 
 
-def observed(found: list[Matrix], calls: list[BlockCall]) -> Iterator[Seen]:
-    """Run the waiting calls of a dense block; give every matrix that was used, with what it saw."""
-    for matrix in found:
-        if not bool(matrix.read().isfinite().all()):
-            raise ModelError(f"{matrix.name}: the weights hold NaN or infinity; fetch the checkpoint again")
-    with Observer({matrix.name: (matrix.module, matrix.d_in) for matrix in found}) as observer:
-        for call in calls:
-            observer.start_call()
-            call.run()
-    by_name = {matrix.name: matrix for matrix in found}
-    for group, members in observer.groups().items():
-        H, tokens = observer.hessian(group)
-        for member in members:
-            yield Seen(by_name[member], H, tokens)
+def nothing_seen(W: Tensor) -> Tensor:
+    """Moments of zero for W [d_out, d_in], without their memory."""
+    return torch.zeros((), device=W.device).expand(W.shape[1], W.shape[1])
 
 
 @contextmanager
@@ -226,24 +304,28 @@ def naming(matrix: str) -> Iterator[None]:
         yield
     except SparseGPTError as error:
         raise type(error)(f"{matrix}: {error}") from error
+    except torch.OutOfMemoryError as error:  # fewer windows per forward would not help
+        raise SolverError(
+            f"{matrix}: out of memory while it was solved ({one_line(error)}); use --activations host, or another "
+            f"--device"
+        ) from error
 
 
-def row(seen: Seen, block: str, W: Tensor, damping: float | None, config: PruneConfig, seconds: float) -> MatrixReport:
-    """Describe a matrix whose dense weights were W; the error is that of the new ones as they are stored."""
-    matrix, H = seen.matrix, seen.H
-    W_hat = matrix.read().float()
-    error, energy = reconstruction_error(W, W_hat, H), reconstruction_error(W, torch.zeros_like(W), H)
+def row(matrix: Matrix, W_hat: Tensor, seen: Seen, known: dict[str, Any]) -> MatrixReport:
+    """Describe a matrix that is still dense in the model; the error is that of W_hat, the new one as it is stored."""
+    W, W_hat, error, energy = matrix.read().float(), W_hat.float(), None, None
+    if seen.H is not None:
+        error = reconstruction_error(W, W_hat, seen.H)
+        energy = reconstruction_error(W, torch.zeros_like(W), seen.H)
     return MatrixReport(
         name=matrix.name,
-        block=block,
-        shape=(matrix.d_out, matrix.d_in),
-        pattern=str(parse(config.sparsity)),
+        shape=(W.shape[0], W.shape[1]),
         zeros=int((W_hat == 0).sum()),
         error=error,
-        relative_error=error / energy if energy > 0 else 0.0,
+        relative_error=None if energy is None or error is None else error / energy if energy > 0 else 0.0,
         tokens=seen.tokens,
-        damping=damping,
-        seconds=seconds,
+        note=seen.note,
+        **known,
     )
 
 
@@ -251,16 +333,16 @@ class _BeforeHeadError(Exception):
     """Ends a calibration forward where only the output layer is left to run."""
 
 
-def calibration_forward(model: BlockModel, batch: Tensor) -> None:
+def calibration_forward(model: PreTrainedModel, batch: Tensor) -> None:
     """Run the model up to its output layer, which calibration does not need and the skeleton has not loaded."""
 
     def stop(*_: Any) -> None:
         raise _BeforeHeadError
 
-    head = model.module.get_output_embeddings()
+    head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(stop) if head is not None else None
     try:
-        model.module(input_ids=batch.to(model.device), use_cache=False)
+        model(input_ids=batch, use_cache=False)
     except _BeforeHeadError:
         pass
     finally:
@@ -269,25 +351,43 @@ def calibration_forward(model: BlockModel, batch: Tensor) -> None:
 
 
 def check_shapes(model: BlockModel, config: PruneConfig) -> None:
-    """Refuse a pattern that some matrix cannot have, before anything is read.
+    """Refuse a choice of weights that chooses none, or a pattern that one of them cannot have, before anything is read.
 
     Raises:
-        ConfigError: Naming the first such matrix; or `skip` leaves nothing to prune, or matches nothing.
+        ConfigError: Naming the option, or the first such matrix.
     """
-    pattern = parse(config.sparsity)
-    listed = [matrices(model, block, config.skip) for block in model.blocks]
-    found = [matrix for some, _ in listed for matrix in some]
-    if config.skip and not found:
-        raise ConfigError(f"--skip {config.skip}: leaves nothing to prune; make it narrower")
-    if config.skip and not any(reason == LEFT_OUT for _, dense in listed for reason in dense.values()):
-        raise ConfigError(f"--skip {config.skip}: matches no weight; correct it, or leave it out")
-    misfits = [(m, reason) for m in found if (reason := pattern.misfit(m.d_in))]
-    if misfits:
-        matrix, reason = misfits[0]
+    everything = [
+        w for block in model.blocks for w in candidates(model, block, replace(config, skip=None, only=None))[0]
+    ]
+    found = [w for block in model.blocks for w in candidates(model, block, config)[0]]
+    for option in ("skip", "only"):
+        pattern = getattr(config, option)
+        if pattern and not any(re.search(pattern, name) for weight in everything for name in weight.names):
+            raise ConfigError(
+                f"--{option} {pattern}: matches no weight that could be pruned; correct it, or leave it out"
+            )
+    if everything and not found:
+        options = " ".join(f"--{name} {getattr(config, name)}" for name in ("skip", "only") if getattr(config, name))
+        raise ConfigError(f"{options}: leave nothing to prune; change them")
+    if max(block_numbers(config.blocks) or {0}) >= len(model.blocks):
         raise ConfigError(
-            f"pattern {pattern} does not fit {len(misfits)} of {len(found)} matrices, {matrix.name} first ({reason}); "
+            f"--blocks {config.blocks}: the model has {len(model.blocks)} blocks; give numbers below that"
+        )
+    pattern = parse(config.sparsity)
+    misfits = [(w, r) for w in found if len(w.widths) == 1 and not w.bare and (r := pattern.misfit(w.widths[0]))]
+    if misfits:
+        weight, reason = misfits[0]
+        raise ConfigError(
+            f"pattern {pattern} does not fit {len(misfits)} of {len(found)} weights, {weight.name} first ({reason}); "
             f"leave them dense with --skip, or choose another pattern"
         )
+
+
+def place(model: BlockModel, tokens: Tensor, config: PruneConfig, folder: Path) -> Placement:
+    """Where the activations of a run wait: twice the hidden states, since a forward keeps its embeddings to its end."""
+    embedding = model.module.get_input_embeddings()
+    width = embedding.weight.shape[-1] if embedding is not None else 0
+    return choose(config.activations, model.device, 2 * tokens.numel() * width * model.module.dtype.itemsize, folder)
 
 
 def calibrate(checkpoint: Checkpoint, model_config: Any, config: PruneConfig) -> Windows:
@@ -320,6 +420,72 @@ def new_report(model: BlockModel, source: str, calibration: Windows, config: Pru
         dtype=str(model.module.dtype).removeprefix("torch."),
         parameters=model.module.num_parameters(),
     )
+
+
+# What may differ between a run and its resumption: it does not change the result, or shows in the digest of the tokens.
+FREE = ("activations", "hessian_gib", "trust_remote_code", "revision", "dataset", "text", "text_column", "digest")
+
+
+def identity(report: PruneReport) -> dict[str, Any]:
+    """What makes two runs the same: they write the same bytes."""
+    return {
+        "checkpoint": report.checkpoint,
+        "config": {name: value for name, value in report.config.items() if name not in FREE},
+        "calibration": report.calibration["digest"],
+        "device": report.device,
+        "dtype": report.dtype,
+        "versions": {name: report.versions[name] for name in ("sparsegpt_lite", "torch", "transformers")},
+    }
+
+
+def noted(writer: Writer, name: str) -> list[Any]:
+    """What an earlier process has noted under a name."""
+    return [note[name] for note in writer.notes if name in note]
+
+
+def fill(
+    report: PruneReport, model: BlockModel, config: PruneConfig, done: Mapping[str, Done], visited: list[str]
+) -> None:
+    """Put into the report what became of every weight.
+
+    Raises:
+        ModelError: No matrix could be pruned.
+    """
+    chosen = block_numbers(config.blocks)
+    for result in done.values():
+        report.matrices += result.rows
+        report.dense |= result.dense
+    others = {block: UNUSED if chosen is None else NOT_CHOSEN for block in model.blocks if block not in visited}
+    if chosen is not None:
+        others |= {block: NOT_CHOSEN for i, block in enumerate(visited) if i not in chosen}
+    report.dense = model.others() | report.dense | outside(model, others)
+    for name in {tensor_of(row.name) for row in report.matrices}:
+        report.dense.pop(name, None)  # stayed dense in one of the blocks that share it
+    if not report.matrices:
+        reason = next(iter(report.dense.values()), "it has none")
+        raise ModelError(f"{report.source}: no matrix can be pruned ({reason}); choose another model")
+
+
+def finished_report(target: Path, report: PruneReport) -> PruneReport:
+    """The report of a run that is complete, if it is the one that `report` begins.
+
+    Raises:
+        CheckpointError: It is another one; says what differs.
+    """
+    earlier = PruneReport.read(target / REPORT)
+    check_run(target, identity(earlier), identity(report))
+    return earlier
+
+
+def evaluated(report: PruneReport, evaluate: Callable[[str], dict[str, Any]] | None) -> PruneReport:
+    """Add the perplexity of the pruned model to its report, here and beside it."""
+    if evaluate and len(report.perplexity) == 1:
+        assert report.target is not None
+        report.perplexity.append(evaluate(report.target))
+        path = Path(report.target) / REPORT
+        path.with_suffix(".new").write_text(report.to_json(), encoding="utf-8")
+        path.with_suffix(".new").replace(path)
+    return report
 
 
 def _is_ours(program: str) -> bool:

@@ -52,11 +52,28 @@ def test_forwards_go_from_block_to_block_together() -> None:
     assert all(torch.equal(got, want) for got, want in zip(suspended.results, expected, strict=True))
 
 
-def test_a_block_that_is_called_twice_is_refused() -> None:
-    model = Toy()
-    with pytest.raises(ModelError, match="1: is called twice"):
-        run_all(model, [forward_of(model, 1.0, (0, 1, 1))])
-    assert all("forward" not in layer.__dict__ for layer in model.layers)
+def test_a_block_may_be_called_again() -> None:
+    model, blocks = Toy(), []
+    expected = model(torch.full((1, 2), 1.0), (0, 1, 0, 1))
+    with SuspendedForwards(model.blocks, [forward_of(model, 1.0, (0, 1, 0, 1))]) as suspended:
+        while (block := suspended.block) is not None:
+            blocks.append(block)
+            suspended.advance()
+    assert blocks == ["0", "1", "0", "1"]
+    assert suspended.visited == ["0", "1"]
+    assert torch.equal(suspended.results[0], expected)
+
+
+def test_inputs_and_outputs_are_moved_on_their_ways() -> None:
+    model, inward, outward = Toy(), [], []
+    expected = model(torch.full((1, 2), 1.0))
+    moves = [lambda tree: inward.append(tree) or tree, lambda tree: outward.append(tree) or tree]
+    with SuspendedForwards(model.blocks, [forward_of(model, 1.0)], *moves) as suspended:
+        while suspended.block is not None:
+            suspended.calls[0].run()  # looks only
+            suspended.advance()
+    assert (len(inward), len(outward)) == (6, 3)
+    assert torch.equal(suspended.results[0], expected)
 
 
 def test_batches_that_part_are_refused() -> None:

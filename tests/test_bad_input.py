@@ -21,9 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsegpt_lite import methods
+from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.cli import COMMANDS, main
 from sparsegpt_lite.config import EvalConfig, PruneConfig
 from sparsegpt_lite.eval import perplexity
+from sparsegpt_lite.writer import Writer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARDED = {"max_shard_size": "40KB"}
@@ -151,6 +153,14 @@ def shard(folder: Path, number: int) -> Path:
     return sorted(folder.glob("model-*.safetensors"))[number - 1]
 
 
+def elsewhere(path: Path) -> Path:
+    """Move a file out of the model, and leave a link to it."""
+    place = path.parent.parent / "elsewhere"
+    path.rename(place)
+    path.symlink_to(place)
+    return place
+
+
 def without_tokenizer(folder: Path) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
@@ -254,6 +264,28 @@ DAMAGES = {
         f"index names {name!r}": Damage(lambda m, s=name: edit_index(m, s), (INDEX, repr(name)), SHARDED)
         for name in ("../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "config.json", "", 3, None, ["x"])
     },
+    "weights a link out of the folder": Damage(
+        lambda m: elsewhere(m / SINGLE), (FILE, "link to a file outside of the folder", "copy")
+    ),
+    "weights a link to nothing": Damage(
+        lambda m: elsewhere(m / SINGLE).unlink(), (FILE, "link to a file that is missing", "fetch")
+    ),
+    "weights a link to itself": Damage(
+        lambda m: (elsewhere(m / SINGLE), (m / SINGLE).unlink(), (m / SINGLE).symlink_to(m / SINGLE)),
+        (FILE, "link to a file that is missing", "fetch"),
+    ),
+    "shard a link out of the folder": Damage(
+        lambda m: elsewhere(shard(m, 2)), ("/model/model-00002-of-", "link to a file outside of the folder"), SHARDED
+    ),
+    "shard a link to nothing": Damage(
+        lambda m: elsewhere(shard(m, 2)).unlink(), (INDEX, "model-00002-of-", "missing"), SHARDED
+    ),
+    "index a link out of the folder": Damage(
+        lambda m: elsewhere(m / INDEX), (f"/model/{INDEX}", "link to a file outside of the folder"), SHARDED
+    ),
+    "config a link out of the folder": Damage(
+        lambda m: elsewhere(m / "config.json"), ("/model/config.json", "link to a file outside of the folder")
+    ),
     "index names an absent shard": Damage(
         lambda m: edit_index(m, "model-9.safetensors"), (INDEX, "model-9.safetensors", "missing"), SHARDED
     ),
@@ -298,7 +330,7 @@ def test_model_that_is_not_finite(name, method, damaged, refused, options, out):
     folder = damaged(NOT_FINITE[name])
     before = contents(folder)
     refused(folder, *options, "--method", method, words=NOT_FINITE[name].words)
-    assert not out.exists()
+    assert {path.name for path in out.rglob("*") if path.parent == out} <= {".work"}  # kept after the first block
     assert contents(folder) == before
 
 
@@ -394,7 +426,7 @@ OPTIONS = {
     "--device frob": ("--device frob", "cpu", "cuda"),
     "--device meta": ("--device meta", "cpu", "cuda"),
     "--skip (": ("--skip (", "regular expression"),
-    "--skip .*": ("leaves nothing to prune", "--skip"),
+    "--skip .*": ("leave nothing to prune", "--skip"),
     "--nsamples 0": ("--nsamples 0", "at least 1"),
     "--batch-size 0": ("--batch-size 0", "at least 1"),
     "--block-size 0": ("--block-size 0", "at least 1"),
@@ -514,20 +546,33 @@ def test_earlier_output(checkpoint, refused, options, out):
     assert contents(out)[SINGLE] != first[SINGLE]
 
 
-def test_failed_run_does_not_stand_in_the_way(model, checkpoint, options, out):
-    poison(UP, (0, 0))(model)
+def test_run_that_failed_at_once_does_not_stand_in_the_way(model, checkpoint, options, out):
+    poison(DOWN, (0, 0))(model)
     assert main([str(model), *options]) == 1
     assert main([str(checkpoint("llama")), *options]) == 0
     assert (out / SINGLE).is_file()
 
 
+def test_run_that_failed_later_is_not_thrown_away_unasked(model, checkpoint, refused, options, out):
+    poison(UP, (0, 0))(model)
+    assert main([str(model), *options]) == 1
+    refused(checkpoint("llama"), *options, words=("/out", "unfinished run", "--resume", "--overwrite", "--out"))
+    assert main([str(checkpoint("llama")), *options, "--overwrite"]) == 0
+    assert not (out / ".work").exists()
+
+
 def test_output_of_a_killed_run(checkpoint, refused, options, out):
     (out / ".work").mkdir(parents=True)
     (out / ".work" / "journal").touch()
-    refused(checkpoint("llama"), *options, words=("/out", "earlier run", "--overwrite"))
+    refused(checkpoint("llama"), *options, words=("/out", "unfinished run", "--resume", "--overwrite", "--out"))
     assert main([str(checkpoint("llama")), *options, "--overwrite"]) == 0
     assert (out / SINGLE).is_file()
     assert not (out / ".work").exists()
+
+
+def test_output_of_a_run_that_is_at_work(checkpoint, refused, options, out):
+    with Writer(Checkpoint(checkpoint("llama")), out, {}):
+        refused(checkpoint("llama"), *options, "--overwrite", words=("/out", "another process is at work", "--out"))
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]])
@@ -614,7 +659,7 @@ def test_interrupt(checkpoint, options, capsys, out, monkeypatch):
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     assert re.fullmatch(r"sparsegpt-lite: interrupted[^\n]*\n", stderr)
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == [".work"]  # to go on from
 
 
 def test_the_message_stands_below_the_progress_bar(model, options, capsys):

@@ -1,11 +1,15 @@
 """What is written is the source but for the pruned matrices, and it is there as a whole or not at all."""
 
+import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import struct
+import subprocess
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,13 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparsegpt_lite import writer as writer_module
 from sparsegpt_lite.calibration import Windows
-from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, Journal, Writer, read_header
+from sparsegpt_lite.checkpoint import DTYPES, Checkpoint, read_header
 from sparsegpt_lite.config import PruneConfig
 from sparsegpt_lite.errors import CheckpointError
 from sparsegpt_lite.methods import METHODS
 from sparsegpt_lite.pipeline import prune
 from sparsegpt_lite.report import PruneReport
+from sparsegpt_lite.writer import Journal, Writer, check_run, check_target, finished, unfinished
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARDED = {"max_shard_size": "40KB"}
@@ -48,6 +54,27 @@ def run(source: Path, target: Path, **options: bool) -> PruneReport:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def finals(folder: Path) -> dict[str, bytes]:
+    """Files that have their final names."""
+    return {name: data for name, data in contents(folder).items() if Path(name).parts[0] != ".work"}
+
+
+def first_line(folder: Path) -> dict[str, object]:
+    """Of whom the run in a folder is."""
+    return Journal(folder / ".work" / "journal").records()[0]["run"]
+
+
+def hub_cache(source: Path, cache: Path) -> Path:
+    """Move a model into the layout of the Hub's cache; the snapshot of links there."""
+    blobs, snapshot = cache / "models--x" / "blobs", cache / "models--x" / "snapshots" / "abc123"
+    blobs.parent.mkdir(parents=True)
+    source.rename(blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return snapshot
 
 
 def header(path: Path) -> bytes:
@@ -106,6 +133,10 @@ def at_matrix(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], ob
 
 def fail() -> None:
     raise RuntimeError("struck by lightning")
+
+
+def fail_to_copy() -> None:
+    raise OSError("unreadable")
 
 
 def interrupt() -> None:
@@ -211,15 +242,13 @@ def test_file_modes(source, tmp_path):
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
 
 
-def test_source_of_links_as_in_the_cache_of_the_hub(source, tmp_path):
-    blobs = source.rename(tmp_path / "blobs")
-    source.mkdir()
-    for path in blobs.iterdir():
-        (source / path.name).symlink_to(path)
-    before = contents(blobs)
-    run(source, tmp_path / "out")
+def test_source_in_the_cache_of_the_hub(source, tmp_path):
+    snapshot = hub_cache(source, tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    run(snapshot, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
-    assert contents(blobs) == before
+    assert sorted(contents(tmp_path / "out")) == sorted([*contents(snapshot), "sparsity.json"])
+    assert contents(tmp_path / "cache") == before
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(source, tmp_path, monkeypatch):
@@ -234,32 +263,47 @@ def test_all_is_on_the_disk_before_it_has_its_name(source, tmp_path, monkeypatch
 # ---- failures and overwriting ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act", [fail, interrupt])
-@pytest.mark.parametrize("n", [1, 3, 8, 14])
-def test_failure_on_the_way_leaves_nothing(n, act, source, tmp_path, at_matrix):
+@pytest.mark.parametrize("n", [1, 3])
+def test_failure_in_the_first_block_leaves_nothing(n, source, tmp_path, at_matrix):
     before = contents(source)
-    at_matrix(n, act)
-    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+    at_matrix(n, fail)
+    with pytest.raises(RuntimeError, match="lightning"):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert contents(source) == before
 
 
-def test_failure_on_the_way_leaves_an_earlier_output(source, tmp_path, at_matrix):
+@pytest.mark.parametrize(("n", "act"), [(8, fail), (14, fail), (1, interrupt), (8, interrupt)])
+def test_what_is_worth_it_is_kept_to_go_on(n, act, source, tmp_path, at_matrix):
+    """After the first block, and whenever the user interrupts; nothing of it has a final name."""
+    before = contents(source)
+    at_matrix(n, act)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        run(source, tmp_path / "out")
+    assert {Path(name).parts[0] for name in contents(tmp_path / "out")} == {".work"}
+    assert unfinished(tmp_path / "out")
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_failure_on_the_way_leaves_an_earlier_output(n, source, tmp_path, at_matrix):
     run(source, tmp_path / "out")
     before = contents(tmp_path / "out")
-    at_matrix(8, fail)
+    at_matrix(n, fail)
     with pytest.raises(RuntimeError, match="lightning"):
         run(source, tmp_path / "out", overwrite=True)
-    assert contents(tmp_path / "out") == before
+    assert finals(tmp_path / "out") == before
+    assert unfinished(tmp_path / "out") == (n == 8)
 
 
 @pytest.fixture
 def failing_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the n-th file not get its final name."""
+    """Let the n-th file from now on not get its final name; with 0 all do."""
+
+    rename = Path.replace
 
     def arrange(n: int) -> None:
-        rename, numbers = Path.replace, itertools.count(1)
+        numbers = itertools.count(1)
 
         def replace(path: Path, target: Path) -> Path:
             if next(numbers) == n:
@@ -272,21 +316,26 @@ def failing_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_failure_of_a_rename_leaves_nothing(n, source, tmp_path, failing_rename):
+def test_failure_of_a_rename_leaves_what_can_be_finished(n, source, tmp_path, failing_rename):
+    run(source, tmp_path / "whole")
     failing_rename(n)
-    with pytest.raises(CheckpointError, match=r"out: .*stale file handle"):
+    with pytest.raises(CheckpointError, match=r"out: .*stale file handle.*--resume"):
         run(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    failing_rename(0)
+    assert not (tmp_path / "out" / "config.json").exists()
+    with Writer(Checkpoint(source), tmp_path / "out", first_line(tmp_path / "out"), resume=True) as writer:
+        assert writer.complete
+        writer.finish({})
+    whole, out = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert {name for name in whole | out if whole.get(name) != out.get(name)} == {"sparsity.json"}  # has times
 
 
 def test_failure_of_a_rename_never_leaves_half_of_two_models(source, tmp_path, failing_rename):
     run(source, tmp_path / "out")
-    before = contents(tmp_path / "out")
     failing_rename(2)
-    with suppress(CheckpointError):
+    with pytest.raises(CheckpointError, match="--resume"):
         prune(source, tmp_path / "out", PruneConfig("0.9", "magnitude"), calibration=WINDOWS, overwrite=True)
-    after = contents(tmp_path / "out")
-    assert "config.json" not in after or after == before
+    assert "config.json" not in contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("first", "second"), [({}, SHARDED), (SHARDED, {}), (SHARDED, {"max_shard_size": "60KB"})])
@@ -300,9 +349,11 @@ def test_overwriting_an_output_of_another_layout(first, second, checkpoint, tmp_
 
 def test_overwriting_leaves_files_that_are_not_ours(source, tmp_path):
     run(source, tmp_path / "out")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "adapter_model.safetensors"):
+        (tmp_path / "out" / name).write_text("mine")
     run(source, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    for name in ("notes.txt", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_text() == "mine"
 
 
 # ---- journal ---------------------------------------------------------------------------------------------------------
@@ -315,13 +366,13 @@ def test_journal_of_a_run_that_is_killed_in_its_second_block(source, tmp_path, a
         run(source, target)
     entries, shards = Checkpoint(source).entries, Checkpoint(source).shards
     first, *copied, block = Journal(work / "journal").records()
-    assert first["run"]["source"] == str(source)
+    assert first["run"]["checkpoint"] == Checkpoint(source).digest
     assert first["run"]["config"]["method"] == "magnitude"
     assert copied == [{"copied": shard} for shard in shards]
     assert block["block"] == "model.layers.0"
     names = [n for n in entries if n.startswith("model.layers.0.") and n.endswith("_proj.weight")]
     assert sorted(block["crc32"]) == sorted(names)
-    assert sorted(matrix["name"] for matrix in block["record"]["matrices"]) == sorted(names)
+    assert sorted(row["name"] for row in block["record"]["rows"]) == sorted(names)
     for name, entry in entries.items():
         ours = (work / entry.shard).read_bytes()[entry.start : entry.stop]
         theirs = (source / entry.shard).read_bytes()[entry.start : entry.stop]
@@ -336,7 +387,7 @@ def test_bytes_are_on_the_disk_before_the_journal_says_so(source, tmp_path, monk
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.fstat(file).st_ino), sync(file)))
     monkeypatch.setattr(Journal, "append", lambda self, record: (events.append("journal"), append(self, record)))
     name = "model.layers.0.mlp.up_proj.weight"
-    writer.write("block", {name: checkpoint.read(name)}, {})
+    writer.write("block", {name: checkpoint.read(name)}.items(), {})
     shard, journal = tmp_path / "out" / ".work" / checkpoint.entries[name].shard, writer.journal.path
     assert events == [shard.stat().st_ino, "journal", journal.stat().st_ino]
 
@@ -386,7 +437,7 @@ def test_writer_casts_to_the_dtype_of_the_disk(checkpoint, tmp_path):
     writer = Writer(source, tmp_path / "out", {})
     name = "model.layers.1.mlp.up_proj.weight"
     W = torch.randn(source.entries[name].shape, dtype=torch.float64).T.contiguous().T  # not contiguous
-    writer.write("block", {name: W}, {})
+    writer.write("block", {name: W}.items(), {})
     writer.finish({"sparsity.json": "{}"})
     assert torch.equal(Checkpoint(tmp_path / "out").read(name), W.bfloat16())
 
@@ -395,7 +446,7 @@ def test_writer_refuses_another_shape(checkpoint, tmp_path):
     writer = Writer(Checkpoint(checkpoint("llama")), tmp_path / "out", {})
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(CheckpointError, match=rf"{name}: \[96, 32\] on disk, but \[32, 96\] would be written"):
-        writer.write("block", {name: torch.zeros(32, 96)}, {})
+        writer.write("block", {name: torch.zeros(32, 96)}.items(), {})
 
 
 def test_files_that_are_given_stand_before_those_of_the_source(source, tmp_path):
@@ -411,6 +462,578 @@ def test_config_gets_its_name_last(source, tmp_path, monkeypatch):
     run(source, tmp_path / "out")
     assert sorted(names) == sorted(contents(tmp_path / "out"))
     assert names[-1] == "config.json"
+
+
+def test_tensors_are_written_one_at_a_time(source, tmp_path):
+    opened = Checkpoint(source)
+    writer, names, seen = Writer(opened, tmp_path / "out", {}), sorted(opened.entries), []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in reversed(names):
+            seen.append(not seen or not there(names[names.index(name) + 1]).any())
+            yield name, torch.zeros(opened.entries[name].shape)
+
+    def there(name: str) -> Tensor:
+        with opened.slices([name], dict.fromkeys(names, tmp_path / "out" / ".work")) as slices:
+            return slices[name][...]
+
+    writer.write("all", tensors(), {})
+    assert seen == [True] * len(names)
+    assert writer.written == dict.fromkeys(names, tmp_path / "out" / ".work")
+    assert not there(names[0]).any()
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+RUN = {"source": "here", "config": {"sparsity": "0.5", "seed": 0, "skip": None}, "version": [1, 2]}
+BLOCKS = {"l0": ["l0.w", "l0.v"], "l1": ["l1.w", "l1.v"]}
+
+
+@pytest.fixture
+def three_shards(tmp_path: Path) -> Path:
+    """A source of three shards, one of them in both blocks."""
+    folder, generator = tmp_path / "three", torch.Generator().manual_seed(0)
+    layout = {"a": ["embed", "l0.w"], "b": ["l0.v", "l1.w"], "c": ["l1.v", "norm"]}
+    folder.mkdir()
+    for shard, names in layout.items():
+        tensors = {name: torch.randn(6, 5, generator=generator).bfloat16() for name in names}
+        save_file(tensors, folder / f"{shard}.safetensors", metadata={"format": "pt"})
+    weight_map = {name: f"{shard}.safetensors" for shard, names in layout.items() for name in names}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text(f'{{"name": "{name}"}}')
+    return folder
+
+
+def one_shard(folder: Path) -> Path:
+    """An earlier output of another layout, with a file of the user beside it."""
+    folder.mkdir()
+    save_file({"old": torch.ones(3)}, folder / SINGLE)
+    for name in ("config.json", "sparsity.json", "tokenizer.json"):
+        (folder / name).write_text('{"of": "the earlier output"}')
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def drive(source: Path, target: Path, **options: bool) -> list[str]:
+    """Do with a writer what prune does; the blocks that were written."""
+    opened = Checkpoint(source)
+    with Writer(opened, target, RUN, **options) as writer:
+        blocks = sorted(BLOCKS.keys() - writer.done.keys())
+        for block in blocks:
+            writer.note({"before": block})
+            writer.write(block, ((name, opened.read(name) * 2) for name in BLOCKS[block]), {"name": block})
+        writer.finish({"sparsity.json": '{"whole": true}'})
+    return blocks
+
+
+class Deaths:
+    """What is on the disk at every moment of a run: copies of its folder, one before and after each step.
+
+    With `power`, files have the bytes of their last fsync, as where the machine dies, not the process alone.
+    """
+
+    def __init__(self, target: Path, copies: Path, patch: pytest.MonkeyPatch, power: bool) -> None:
+        self.target, self.copies, self.power = target, copies, power
+        self.found: list[Path] = []
+        self.synced = {path.stat().st_ino: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        fsync, copyfile = os.fsync, shutil.copyfile
+
+        def sync(descriptor: int) -> None:
+            self.take()
+            fsync(descriptor)
+            for path in self.target.rglob("*"):
+                if path.is_file() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                    self.synced[path.stat().st_ino] = path.read_bytes()
+            self.take()
+
+        def copy(source: Path, target: Path) -> None:
+            data = source.read_bytes()
+            target.write_bytes(data[: len(data) // 2])
+            self.take()
+            copyfile(source, target)
+            self.take()
+
+        def step(real: Callable[..., object]) -> Callable[..., object]:
+            def act(*args: object, **options: object) -> object:
+                self.take()
+                result = real(*args, **options)
+                self.take()
+                return result
+
+            return act
+
+        patch.setattr(os, "fsync", sync)
+        patch.setattr(shutil, "copyfile", copy)
+        for name in ("replace", "unlink", "rmdir", "mkdir", "touch", "write_text"):
+            patch.setattr(Path, name, step(getattr(Path, name)))
+
+    def take(self) -> None:
+        if not self.target.exists():
+            return
+        copy = self.copies / str(len(self.found))
+        shutil.copytree(self.target, copy, copy_function=self.copy)
+        self.found.append(copy)
+
+    def copy(self, source: str, target: str) -> None:
+        with open(source, "rb") as old, open(target, "wb") as new:
+            new.write(self.synced.get(os.fstat(old.fileno()).st_ino, b"") if self.power else old.read())
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "without power"])
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "over an earlier output"])
+def test_run_that_dies_at_any_moment_goes_on(earlier, power, three_shards, tmp_path, monkeypatch):
+    target = one_shard(tmp_path / "out") if earlier else tmp_path / "out"
+    before = contents(target)
+    with monkeypatch.context() as patch:
+        deaths = Deaths(target, tmp_path / "deaths", patch, power)
+        drive(three_shards, target, overwrite=earlier)
+    whole = contents(target)
+    shards = ["a.safetensors", "b.safetensors", "c.safetensors"]
+    assert sorted(finals(target)) == sorted(
+        [*shards, "config.json", INDEX, "sparsity.json", "tokenizer.json", *(["notes.txt"] if earlier else [])]
+    )
+    assert whole["b.safetensors"] != (three_shards / "b.safetensors").read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # saves time
+    assert len(deaths.found) > 80
+    seen = set()
+    for folder in deaths.found:
+        journal = Journal(folder / ".work" / "journal")
+        records = journal.records() if journal.path.exists() else []
+        assert "config.json" not in finals(folder) or finals(folder) in (before, whole)  # never a mixture
+        if finished(folder) and finals(folder) != before:
+            assert finals(folder) == whole
+            continue
+        redone = drive(three_shards, folder, resume=True, overwrite=earlier)
+        assert contents(folder) == whole
+        assert not (folder / ".work").exists()
+        assert redone == sorted(BLOCKS.keys() - {record.get("block") for record in records})
+        seen.add((len(redone), "complete" in str(records), "cleared" in str(records)))
+    assert seen == {(2, False, False), (1, False, False), (0, False, False), (0, True, False), (0, True, True)}
+
+
+def test_death_while_a_failed_run_is_removed(three_shards, tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        deaths = Deaths(tmp_path / "out", tmp_path / "deaths", patch, power=False)
+        copy = shutil.copyfile
+        patch.setattr(shutil, "copyfile", lambda old, new: fail_to_copy() if old.name[0] == "c" else copy(old, new))
+        with pytest.raises(CheckpointError, match="unreadable"):
+            drive(three_shards, tmp_path / "out")
+    for folder in deaths.found:
+        drive(three_shards, folder, resume=True)
+        assert contents(folder) == whole
+
+
+@pytest.fixture
+def stopped(three_shards: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """Factory of the output folder of a run that was killed after so many blocks."""
+
+    def make(blocks: int) -> Path:
+        opened = Checkpoint(three_shards)
+        with suppress(KeyboardInterrupt), Writer(opened, tmp_path / "stopped", RUN) as writer:
+            for block, names in [*BLOCKS.items()][:blocks]:
+                writer.note({"before": block})
+                writer.write(block, [(name, opened.read(name) * 2) for name in names], {"name": block})
+            raise KeyboardInterrupt
+        return tmp_path / "stopped"
+
+    return make
+
+
+@pytest.fixture
+def whole(three_shards: Path, tmp_path: Path) -> dict[str, bytes]:
+    """What an uninterrupted run leaves."""
+    drive(three_shards, tmp_path / "whole")
+    return contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("line", range(9))
+def test_line_of_the_journal_that_is_torn_at_any_byte(line, three_shards, tmp_path, monkeypatch, whole):
+    """Of: the run, three copies, a note, a block, a note, a block, the end."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        append, numbers = Journal.append, itertools.count()
+
+        def die(self: Journal, record: dict[str, object]) -> None:
+            append(self, record)
+            if next(numbers) == line:
+                raise KeyboardInterrupt
+
+        patch.setattr(Journal, "append", die)
+        drive(three_shards, tmp_path / "killed")
+    lines = (tmp_path / "killed" / ".work" / "journal").read_bytes().splitlines(keepends=True)
+    assert len(lines) == line + 1
+    length = sum(map(len, lines))
+    for torn in range(len(lines[-1]) + 1):
+        folder = shutil.copytree(tmp_path / "killed", tmp_path / "copy")
+        os.truncate(folder / ".work" / "journal", length - torn)
+        redone = drive(three_shards, folder, resume=True)
+        assert redone == [["l0", "l1"], ["l1"], []][(line - (torn > 0) >= 5) + (line - (torn > 0) >= 7)]
+        assert contents(folder) == whole
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("name", "done"), [("l0.v", []), ("l1.w", ["l0"]), ("l1.v", ["l0"])])
+def test_block_whose_bytes_were_damaged_is_done_again(name, done, three_shards, stopped, whole):
+    folder, entry = stopped(2), Checkpoint(three_shards).entries[name]
+    with (folder / ".work" / entry.shard).open("r+b") as file:
+        file.seek(entry.stop - 1)
+        last = file.read(1)
+        file.seek(entry.stop - 1)
+        file.write(bytes([last[0] ^ 0x10]))
+    with Writer(Checkpoint(three_shards), folder, RUN, resume=True) as writer:
+        assert [*writer.done] == done
+        assert writer.written == dict.fromkeys(itertools.chain(*(BLOCKS[b] for b in done)), folder / ".work")
+        kept = writer.journal.records()
+    assert [record["block"] for record in kept if "block" in record] == done
+    assert drive(three_shards, folder, resume=True) == sorted(BLOCKS.keys() - done)
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("size", [0, 100, None])
+@pytest.mark.parametrize("shard", ["a", "b", "c"])
+def test_shard_that_is_not_whole_is_copied_again(shard, size, three_shards, stopped, whole):
+    folder = stopped(2)
+    path = folder / ".work" / f"{shard}.safetensors"
+    path.unlink() if size is None else os.truncate(path, size)
+    assert drive(three_shards, folder, resume=True) == ["l0", "l1"]
+    assert contents(folder) == whole
+
+
+def test_what_was_done_comes_back(three_shards, stopped, whole):
+    folder = stopped(1)
+    with Writer(Checkpoint(three_shards), folder, RUN, resume=True) as writer:
+        assert (writer.done, writer.notes, writer.complete) == ({"l0": {"name": "l0"}}, [{"before": "l0"}], False)
+        writer.note({"batch_size": 4})
+    with Writer(Checkpoint(three_shards), folder, RUN, resume=True) as writer:
+        assert writer.notes == [{"before": "l0"}, {"batch_size": 4}]
+        with Checkpoint(three_shards).slices(BLOCKS["l0"], writer.written) as slices:
+            assert all(torch.equal(slices[n][...], Checkpoint(three_shards).read(n) * 2) for n in BLOCKS["l0"])
+    drive(three_shards, folder, resume=True)
+    assert contents(folder) == whole
+
+
+def test_new_run_knows_nothing_of_the_unfinished_one(three_shards, stopped):
+    with Writer(Checkpoint(three_shards), stopped(2), RUN, overwrite=True) as writer:
+        assert (writer.done, writer.notes, writer.written, writer.complete) == ({}, [], {}, False)
+        assert len(writer.journal.records()) == 4
+        path = writer.work / "b.safetensors"
+        assert path.read_bytes() == (three_shards / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("state", ["absent", "empty", "an empty work folder", "an empty journal"])
+def test_resume_where_nothing_was_done(state, three_shards, tmp_path, whole):
+    target = tmp_path / "out"
+    if state != "absent":
+        (target / ".work" if "work" in state or "journal" in state else target).mkdir(parents=True)
+    if "journal" in state:
+        (target / ".work" / "journal").touch()
+    check_target(Checkpoint(three_shards), target, False, resume=True)
+    assert drive(three_shards, target, resume=True) == ["l0", "l1"]
+    assert contents(target) == whole
+
+
+def test_empty_work_folder_in_a_finished_output(three_shards, tmp_path, whole):
+    drive(three_shards, tmp_path / "out")
+    (tmp_path / "out" / ".work").mkdir()
+    assert finished(tmp_path / "out")
+    drive(three_shards, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_finished_and_unfinished(three_shards, tmp_path, stopped):
+    assert not finished(tmp_path / "nowhere")
+    assert not unfinished(tmp_path / "nowhere")
+    drive(three_shards, tmp_path / "out")
+    assert finished(tmp_path / "out")
+    assert not unfinished(tmp_path / "out")
+    assert unfinished(stopped(1))
+    assert not finished(tmp_path / "stopped")
+    assert not finished(three_shards)  # no report there
+
+
+def test_finished_output_is_not_overwritten_by_resume(three_shards, tmp_path):
+    drive(three_shards, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    check_target(Checkpoint(three_shards), tmp_path / "out", False, resume=True)  # its caller deals with it
+    with pytest.raises(CheckpointError, match=r"holds an earlier run; .*--overwrite"):
+        drive(three_shards, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_unfinished_run_is_not_overwritten_unasked(three_shards, stopped):
+    folder = stopped(1)
+    before = contents(folder)
+    words = "stopped: holds an unfinished run; go on with --resume, begin anew with --overwrite, or choose another --"
+    with pytest.raises(CheckpointError, match=words):
+        drive(three_shards, folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"config": {**RUN["config"], "sparsity": "2:4"}}, ["had config.sparsity '0.5', now '2:4'; give the same"]),
+        ({"config": {"seed": 0, "skip": "a\nb"}}, ["config.skip None, now 'a\\nb'", "sparsity '0.5', now (absent)"]),
+        ({"version": [1, 3]}, ["had version [1, 2], now [1, 3]; give"]),
+        ({"config": {}, "new": True}, ["config (absent), now {}", "config.seed 0, now (absent)", "; and 2 more; give"]),
+        ({"source": "x" * 500}, ["had source 'here', now 'xxxxx", "xxx ...; give"]),
+        ({"config": {**RUN["config"], "seed": False}}, ["had config.seed 0, now False; give"]),
+    ],
+)
+def test_run_of_other_options_is_refused(now, words, three_shards, stopped):
+    folder = stopped(1)
+    before = contents(folder)
+    with pytest.raises(CheckpointError) as caught:
+        Writer(Checkpoint(three_shards), folder, RUN | now, resume=True)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: the unfinished run there had ")
+    assert message.endswith("; give the same options, begin anew with --overwrite, or choose another --out")
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
+    assert len(message) < len(str(folder)) + 400
+    assert contents(folder) == before
+    drive(three_shards, folder, resume=True)  # the refused one does not hold the lock
+
+
+def test_finished_run_of_other_options(three_shards, tmp_path):
+    drive(three_shards, tmp_path / "out")
+    check_run(tmp_path / "out", RUN, RUN)
+    with pytest.raises(CheckpointError, match="out: the run there had source 'here', now 'there'; give the same"):
+        check_run(tmp_path / "out", RUN, RUN | {"source": "there"})
+
+
+def test_run_of_tuples_is_the_same(three_shards, stopped):
+    with Writer(Checkpoint(three_shards), stopped(1), RUN | {"version": (1, 2)}, resume=True) as writer:
+        assert [*writer.done] == ["l0"]
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=str)
+def test_two_at_work_in_one_folder(options, blocks, three_shards, tmp_path, whole):
+    opened, target = Checkpoint(three_shards), tmp_path / "out"
+    with Writer(opened, target, RUN) as writer:
+        for block in [*BLOCKS][:blocks]:
+            writer.write(block, [(name, opened.read(name) * 2) for name in BLOCKS[block]], {})
+        before = contents(target)
+        with pytest.raises(CheckpointError, match="out: another process is at work there; wait for it, or choose"):
+            Writer(opened, target, RUN, **options)
+        assert contents(target) == before
+    drive(three_shards, target, **options)  # when the first has left
+    assert contents(target) == whole
+
+
+def test_resumed_run_has_its_folder_for_itself(three_shards, stopped):
+    folder = stopped(1)
+    with Writer(Checkpoint(three_shards), folder, RUN, resume=True), pytest.raises(CheckpointError, match="at work"):
+        Writer(Checkpoint(three_shards), folder, RUN, resume=True)
+
+
+def test_run_that_ends_while_it_is_looked_at_is_not_begun_anew(three_shards, stopped, monkeypatch):
+    folder = stopped(2)
+
+    def end(*_: object) -> None:
+        with Writer(Checkpoint(three_shards), folder, RUN, resume=True) as writer:
+            writer.finish({"sparsity.json": "{}"})
+
+    check = writer_module.check_target
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "check_target", lambda *a: patch.undo() or end() or check(*a[:2], True))
+        with pytest.raises(CheckpointError, match="stopped: another process is at work there"):
+            Writer(Checkpoint(three_shards), folder, RUN, resume=True)
+    assert finished(folder)
+
+
+def test_file_system_without_locks(three_shards, tmp_path, monkeypatch, whole):
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(writer_module.fcntl, "flock", unknown)
+    drive(three_shards, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "tokenizer.json"])
+def test_complete_output_that_lost_a_file(name, three_shards, tmp_path, failing_rename, whole):
+    failing_rename(1)
+    with pytest.raises(CheckpointError, match="stale"):
+        drive(three_shards, tmp_path / "out")
+    failing_rename(0)
+    (tmp_path / "out" / ".work" / name).unlink()
+    left = contents(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=rf"out: {name} of the run there is gone; begin anew with --overwrite"):
+        drive(three_shards, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == left
+    drive(three_shards, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == whole
+
+
+# ---- what an error leaves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(KeyboardInterrupt(), True), (SystemExit(1), True), (OSError("cut off"), False)]
+)
+def test_end_while_shards_are_copied(error, kept, three_shards, tmp_path, monkeypatch, whole):
+    copy = shutil.copyfile
+
+    def die(source: Path, target: Path) -> None:
+        copy(source, target)
+        if source.name == "b.safetensors":
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", die)
+        with pytest.raises(type(error) if kept else CheckpointError):
+            drive(three_shards, tmp_path / "out")
+    assert unfinished(tmp_path / "out") == kept
+    assert (tmp_path / "out").exists() == kept
+    drive(three_shards, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_error_of_the_disk_in_a_block(blocks, three_shards, stopped, monkeypatch, whole):
+    """Nothing is lost of the blocks before it, in this process or in an earlier one."""
+    folder, append = stopped(blocks), Journal.append
+
+    def full(self: Journal, record: dict[str, object]) -> None:
+        if record.get("block") == f"l{blocks}":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", full)
+        with pytest.raises(CheckpointError) as caught:
+            drive(three_shards, folder, resume=True)
+    assert re.search("No space left.*; make room there, ", str(caught.value))
+    assert ("then go on with --resume" in str(caught.value)) == (blocks > 0)
+    assert folder.exists() == (blocks > 0)
+    assert drive(three_shards, folder, resume=True) == [*BLOCKS][blocks:]
+    assert contents(folder) == whole
+
+
+def test_error_while_reading_an_unfinished_run_removes_nothing(three_shards, stopped, monkeypatch, whole):
+    folder = stopped(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_checksum", lambda *_: (_ for _ in ()).throw(OSError("bad sector")))
+        with pytest.raises(CheckpointError, match="bad sector"):
+            drive(three_shards, folder, resume=True)
+    assert drive(three_shards, folder, resume=True) == ["l1"]
+    assert contents(folder) == whole
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}], ids=str)
+def test_room_that_the_unfinished_run_has_counts(options, three_shards, stopped, monkeypatch):
+    folder, opened = stopped(1), Checkpoint(three_shards)
+    usage = shutil.disk_usage(folder)
+    needed = opened.nbytes // 50  # beside what is there already
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    check_target(opened, folder, **{"overwrite": False, **options})
+    (folder / ".work" / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"are needed, .* are free on that disk; free some"):
+        check_target(opened, folder, **{"overwrite": False, **options})
+
+
+def test_complete_output_needs_no_room(three_shards, tmp_path, failing_rename, monkeypatch):
+    failing_rename(3)
+    with pytest.raises(CheckpointError, match="stale"):
+        drive(three_shards, tmp_path / "out")
+    failing_rename(0)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert drive(three_shards, tmp_path / "out", resume=True) == []
+    assert finished(tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Factory of a file system of so many bytes."""
+    place = tmp_path / "disk"
+
+    def mount(size: int) -> Path:
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a file system of some size cannot be mounted here: {error}")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if others had filled the disk only after it was looked at."""
+    usage = shutil.disk_usage("/")._replace(free=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_disk_that_is_too_small(source, small_disk):
+    disk, before = small_disk(100_000), contents(source)
+    with pytest.raises(CheckpointError, match=r"GB are needed, .* GB are free on that disk; free some"):
+        run(source, disk / "out")
+    assert not any(disk.iterdir())
+    assert contents(source) == before
+
+
+def test_disk_that_is_full_when_shards_are_copied(source, small_disk, monkeypatch):
+    disk, before = small_disk(100_000), contents(source)
+    roomy(monkeypatch)
+    with pytest.raises(CheckpointError) as caught:
+        run(source, disk / "out")
+    assert re.fullmatch(
+        r"[^\n]*/out: cannot be written \([^\n]*No space left on device[^\n]*\); make room there[^\n]*",
+        str(caught.value),
+    )
+    assert not any(disk.iterdir())
+    assert contents(source) == before
+
+
+def test_disk_that_is_full_when_the_output_is_finished(source, small_disk, monkeypatch, at_matrix, tmp_path):
+    disk, before = small_disk(1_000_000), contents(source)
+    roomy(monkeypatch)
+    at_matrix(14, lambda: fill(disk))
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(.*No space left.*then go on with --resume$"):
+        run(source, disk / "out")
+    assert not finals(disk / "out")
+    assert contents(source) == before
+    (disk / "filler").unlink()
+    run(source, tmp_path / "whole")
+    with Writer(Checkpoint(source), disk / "out", first_line(disk / "out"), resume=True) as writer:
+        assert "model.layers.0" in writer.done
+        if "model.layers.1" not in writer.done:  # no room for its line in the journal
+            names = [name for name in Checkpoint(source).entries if re.search(r"layers\.1.*_proj", name)]
+            writer.write("model.layers.1", [(n, Checkpoint(tmp_path / "whole").read(n)) for n in names], {})
+        writer.finish({"sparsity.json": "{}"})
+    assert tensor_bytes(disk / "out") == tensor_bytes(tmp_path / "whole")
+
+
+def test_output_on_another_disk(source, small_disk, pruned):
+    disk = small_disk(10_000_000)
+    assert disk.stat().st_dev != source.stat().st_dev
+    run(source, disk / "out")
+    assert tensor_bytes(disk / "out") == tensor_bytes(pruned("llama in shards").target)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory here")
+def test_output_in_memory(source, pruned):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if Path(folder).stat().st_dev == source.stat().st_dev:
+            pytest.skip("/dev/shm is the file system of the other tests")
+        run(source, Path(folder) / "out")
+        assert tensor_bytes(Path(folder) / "out") == tensor_bytes(pruned("llama in shards").target)
 
 
 # ---- Checkpoint and header -------------------------------------------------------------------------------------------
@@ -467,13 +1090,92 @@ def test_checkpoint_has_the_tensors_of_all_its_shards(kind, checkpoint):
 
 
 def test_slices_of_another_folder(source, tmp_path):
-    checkpoint, name = Checkpoint(source), "model.layers.0.mlp.up_proj.weight"
+    checkpoint = Checkpoint(source)
+    one, other = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
     copy = shutil.copytree(source, tmp_path / "copy")
-    shard = copy / checkpoint.entries[name].shard
-    save_file({n: torch.zeros_like(t) for n, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
-    with checkpoint.slices([name], copy) as slices:
-        assert not slices[name][...].any()
-    assert checkpoint.read(name).all()
+    for path in copy.glob("*.safetensors"):
+        save_file({n: torch.zeros_like(t) for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    with checkpoint.slices([one, other], {one: copy, "model.norm.weight": copy}) as slices:
+        assert not slices[one][...].any()
+        assert slices[other][...].all()
+    assert checkpoint.read(one).all()
+
+
+def test_digest(every_dtype, tmp_path):
+    folder, _ = every_dtype
+    good, seen = Checkpoint(folder).digest, {}
+    assert Checkpoint(shutil.copytree(folder, tmp_path / "copy")).digest == good
+    assert len(good) == 64
+    raw, entries = (folder / SINGLE).read_bytes(), Checkpoint(folder).entries
+    for name, entry in entries.items():
+        if entry.stop > entry.start:
+            at = (entry.start + entry.stop) // 2
+            (folder / SINGLE).write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+            seen[name] = Checkpoint(folder).digest
+    (folder / SINGLE).write_bytes(raw.replace(b'"scalar"', b'"scale_"'))
+    seen["another name"] = Checkpoint(folder).digest
+    (folder / SINGLE).write_bytes(raw)
+    (folder / "config.json").write_text('{"model_type": "gemma"}')
+    seen["another config"] = Checkpoint(folder).digest
+    assert len({good, *seen.values()}) == 1 + len(seen)
+
+
+def test_digest_reads_little(source, monkeypatch):
+    """One open file for each shard, whatever it holds."""
+    checkpoint, opened, real = Checkpoint(source), [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kw: opened.append(path.name) or real(path, *args, **kw))
+    assert checkpoint.digest
+    assert {*opened} - {"config.json"} == {*checkpoint.shards}
+    assert len(opened) <= len(checkpoint.shards) + 1
+
+
+def moved(path: Path, place: Path) -> None:
+    """Leave a link where a file was."""
+    path.rename(place)
+    path.symlink_to(place)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, SINGLE, "a shard"])
+def test_link_out_of_the_folder_is_refused(name, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("llama", **({} if name == SINGLE else SHARDED)), tmp_path / "source")
+    path = sorted(source.glob("model-*"))[1] if name == "a shard" else source / name
+    moved(path, tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{path.name}: is a link to a file outside of the folder; copy"):
+        Checkpoint(source)
+    (tmp_path / "elsewhere").unlink()
+    with pytest.raises(CheckpointError, match=rf"{path.name}.* missing; fetch"):
+        Checkpoint(source)
+
+
+def test_link_out_of_the_cache_of_the_repository_is_refused(source, tmp_path):
+    snapshot = hub_cache(source, tmp_path / "cache")
+    other = tmp_path / "cache" / "models--y"
+    other.mkdir()
+    assert Checkpoint(snapshot).commit == "abc123"
+    path = sorted(snapshot.glob("model-*.safetensors"))[0]
+    path.resolve().rename(other / "blob")
+    path.unlink()
+    path.symlink_to(other / "blob")
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        Checkpoint(snapshot)
+
+
+def test_links_within_the_folder_are_followed(source, tmp_path):
+    (source / "nested").mkdir()
+    for number, path in enumerate(sorted(source.glob("model-*.safetensors"))):
+        moved(path, source / "nested" / f"{number}.bin")
+    run(source, tmp_path / "out")
+    assert Checkpoint(tmp_path / "out").shards == Checkpoint(source).shards
+
+
+def test_companions_that_are_links_out_of_the_folder_stay_behind(source, tmp_path):
+    (tmp_path / "secret").write_text("private")
+    (source / "secret.txt").symlink_to(tmp_path / "secret")
+    (source / "LICENSE").write_text("free")
+    (source / "NOTICE").symlink_to("LICENSE")
+    companions = [path.name for path in Checkpoint(source).companions()]
+    assert "secret.txt" not in companions
+    assert {"LICENSE", "NOTICE", "config.json", INDEX} <= {*companions}
 
 
 def opens(path: Path) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsegpt_lite import PruneConfig, prune, prune_model
-from sparsegpt_lite.blocks import StreamedModel, find_blocks, matrices
+from sparsegpt_lite.blocks import StreamedModel, candidates, find_blocks
 from sparsegpt_lite.calibration import Windows, draw, open_text
 from sparsegpt_lite.checkpoint import Checkpoint
 from sparsegpt_lite.cli import main
@@ -20,11 +20,12 @@ from sparsegpt_lite.config import METHOD_NAMES, EvalConfig
 from sparsegpt_lite.errors import CalibrationError, ModelError
 from sparsegpt_lite.eval.perplexity import perplexity, window_losses
 from sparsegpt_lite.inspection import inspect
+from sparsegpt_lite.matrices import Piece
 from sparsegpt_lite.methods import METHODS
 
 VOCAB = 257
 FAMILIES = ["llama", "qwen3", "gemma2", "opt", "gpt2", "bloom", "mixtral", "openai-gpt"]
-MATRICES = {"llama": 14, "qwen3": 14, "gemma2": 14, "opt": 12, "gpt2": 8, "bloom": 8, "mixtral": 8, "openai-gpt": 8}
+MATRICES = {"llama": 14, "qwen3": 14, "gemma2": 14, "opt": 12, "gpt2": 8, "bloom": 8, "mixtral": 32, "openai-gpt": 8}
 SMALL = {"nsamples": 8, "seqlen": 32, "batch_size": 3, "device": "cpu"}
 
 Make = Callable[..., Path]
@@ -181,7 +182,12 @@ def test_report_says_what_happened(checkpoint: Make, text_file: Path, tmp_path: 
     assert report["totals"]["sparsity_of_pruned"] == 0.5
     assert report["peak_host_bytes"] > 0
     assert report["versions"]["torch"] == torch.__version__
-    assert any("experts.gate_up_proj" in name for name in report["dense"])
+    assert len(report["matrices"]) == 2 * (4 + 4 * 3)
+    assert report["dense"] == {
+        "model.embed_tokens.weight": "an embedding",
+        "lm_head.weight": "the output layer",
+        **{f"model.layers.{i}.block_sparse_moe.gate.weight": "chooses between experts or tokens" for i in range(2)},
+    }
 
 
 def test_shared_inputs_share_a_hessian(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +195,16 @@ def test_shared_inputs_share_a_hessian(checkpoint: Make, monkeypatch: pytest.Mon
 
     groups: list[list[str]] = []
     original = Observer.groups
-    monkeypatch.setattr(Observer, "groups", lambda self: groups.extend(original(self).values()) or original(self))
+
+    def noting(self: Observer) -> list:
+        found = original(self)
+        groups.extend([tile.weight for tile in tiles] for _, tiles in found)
+        return found
+
+    monkeypatch.setattr(Observer, "groups", noting)
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama", num_hidden_layers=1))
     prune_model(model, torch.arange(64).view(2, 32), PruneConfig(**SMALL))
-    leaves = [[name.split(".")[-2] for name in group] for group in groups]
+    leaves = [[name.split(".")[-2] for name in group] for group in groups[: len(groups) // 2]]  # it is asked twice
     assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
@@ -282,26 +294,33 @@ def test_forwards_are_left_as_they_were(checkpoint: Make) -> None:
 
 
 class Stored:
-    """The part of a BlockModel that `matrices` looks at."""
+    """The part of a BlockModel that `candidates` looks at."""
 
     def __init__(self, block: torch.nn.Module) -> None:
         self.blocks = {"b": block}
 
-    def stored(self, parameter: str) -> tuple[str, torch.dtype] | None:
-        return None if "fused" in parameter else (parameter.replace("b.", "disk."), torch.float32)
+    def names(self, parameter: str) -> list[str]:
+        return [parameter.replace("b.", "disk.")]
+
+    def pieces(self, parameter: str) -> list[Piece]:
+        return [] if "fused" in parameter else [Piece(*self.names(parameter), torch.float32)]
 
 
 def test_why_weights_stay_dense() -> None:
-    layers = {name: torch.nn.Linear(4, 4) for name in ("up", "gate", "indexer", "fused", "left", "gate_proj")}
-    block = torch.nn.ModuleDict({**layers, "table": torch.nn.Embedding(3, 4), "norm": torch.nn.LayerNorm(4)})
-    found, dense = matrices(Stored(block), "b", r"^disk\.left")
-    assert [matrix.name for matrix in found] == ["b.up.weight", "b.gate_proj.weight"]
+    layers = {name: torch.nn.Linear(4, 4) for name in ("up", "gate", "indexer", "fused", "left", "gate_proj", "other")}
+    others = {"table": torch.nn.Embedding(3, 4), "norm": torch.nn.LayerNorm(4), "conv": torch.nn.Conv1d(2, 3, 4)}
+    block = torch.nn.ModuleDict(layers | others)
+    config = PruneConfig(skip=r"^disk\.left", only="up|gate|indexer|fused|left|table|conv")
+    found, dense = candidates(Stored(block), "b", config)
+    assert [weight.name for weight in found] == ["b.up.weight", "b.gate_proj.weight"]
     assert dense == {
-        "b.gate.weight": "chooses between experts or tokens",
-        "b.indexer.weight": "chooses between experts or tokens",
-        "b.fused.weight": "is stored in parts or fused on disk",
-        "b.left.weight": "left out by --skip",
-        "b.table.weight": "not a linear layer (Embedding [3, 4])",
+        "disk.gate.weight": "chooses between experts or tokens",
+        "disk.indexer.weight": "chooses between experts or tokens",
+        "disk.fused.weight": "is stored in another form on disk",
+        "disk.left.weight": "left out by --skip",
+        "disk.other.weight": "not asked for by --only",
+        "disk.table.weight": "an embedding [3, 4]",
+        "disk.conv.weight": "a convolution [3, 2, 4]",
     }
 
 
@@ -322,11 +341,13 @@ def test_kept_weights_do_not_vanish_in_the_dtype_on_disk(
         assert not after[row.name][after[row.name] == 0].signbit().any()
 
 
-def test_weights_shared_by_blocks_are_refused(checkpoint: Make) -> None:
+def test_weights_shared_by_blocks_are_pruned_once(checkpoint: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ModelError, match=r"model.layers.1: shares weights with model.layers.0"):
-        prune_model(model, torch.arange(32).view(1, 32), PruneConfig(**SMALL))
+    report = prune_model(model, torch.arange(32).view(1, 32), PruneConfig(**SMALL))
+    assert len(report.matrices) == 13
+    assert [m.block for m in report.matrices if "up_proj" in m.name] == ["model.layers.0"]
+    assert int((model.model.layers[1].mlp.up_proj.weight == 0).sum()) == 96 * 32 // 2
 
 
 def test_a_training_model_is_evaluated_without_dropout_and_goes_on_training(checkpoint: Make) -> None:
@@ -388,8 +409,8 @@ def test_out_of_memory_is_one_line(
     options = ["--text", str(text_file), "--nsamples", "8", "--seqlen", "32", "-q", "--out", str(tmp_path / "out")]
     assert main([str(checkpoint("llama")), *options]) == 1
     line = capsys.readouterr().err
-    assert line.startswith("sparsegpt-lite: out of memory")
-    assert "lower --batch-size" in line
+    assert "out of memory" in line
+    assert "use --activations" in line
     assert line.count("\n") == 1
 
 
@@ -398,4 +419,4 @@ def test_skip_that_matches_nothing_is_refused(
 ) -> None:
     options = ["--text", str(text_file), "--skip", "dwon_proj", "--out", str(tmp_path / "out")]
     assert main([str(checkpoint("llama")), *options]) == 1
-    assert "--skip dwon_proj: matches no weight" in capsys.readouterr().err
+    assert "--skip dwon_proj: matches no weight that could be pruned" in capsys.readouterr().err
