@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -31,7 +32,9 @@ from sparsegpt_lite import memory
 from sparsegpt_lite.checkpoint import DTYPES, Checkpoint
 from sparsegpt_lite.config import PruneConfig
 from sparsegpt_lite.errors import CheckpointError, ConfigError, ModelError, one_line
-from sparsegpt_lite.matrices import Matrix, Piece, Weight, arrangements, left_out, natural, why_dense
+from sparsegpt_lite.matrices import Matrix, Piece, Weight, arrangements, left_out, natural, tensor_of, why_dense
+
+LARGE = 2**30  # bytes; an embedding of this size is not loaded, its rows are read when they are looked up
 
 
 def candidates(model: "BlockModel", block: str, config: PruneConfig) -> tuple[list[Weight], dict[str, str]]:
@@ -49,11 +52,11 @@ def candidates(model: "BlockModel", block: str, config: PruneConfig) -> tuple[li
             name = ".".join(filter(None, (block, path, leaf)))
             reason = why_dense(path, module, leaf, parameter)
             weight = Weight(name, module, parameter, model.pieces(name) if reason is None else [])
-            kept = weight.tensors or model.names(name)
+            kept = weight.kept or model.names(name) or [name]
             if reason is None and not weight.pieces:
                 reason = "is stored in another form on disk"
             if reason is None:
-                reasons = {left_out((name, one), config) for one in kept}
+                reasons = {left_out((name, tensor_of(one), one), config) for one in weight.parts}
                 reason = reasons.pop() if len(reasons) == 1 else None
             if reason is None:
                 found.append(weight)
@@ -276,7 +279,12 @@ class StreamedModel:
         output = self.module.get_output_embeddings()
         names = [f"{n}." for n, m in self.module.named_modules() if m is output and not head]
         inside = tuple(f"{block}." for block in self.blocks)
-        self._load(lambda target: not target.startswith((*inside, *names)), device)
+        tables = self._large_tables(None if output is None or not head else output.weight)
+        self._load(lambda target: not target.startswith((*inside, *names, *tables)), device)
+        self._load(lambda target: target.startswith(tables), torch.device("cpu"))
+        for name in tables:  # lookups come to the CPU
+            hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+            add_hook_to_module(self.module.get_submodule(name.removesuffix(".")), hook)
         for target, source in self.module.all_tied_weights_keys.items():
             if not target.startswith(inside):
                 self._tie(target, source)
@@ -288,6 +296,15 @@ class StreamedModel:
             for name, buffer in list(self.module.named_buffers()):
                 if not name.startswith(inside):
                     _set(self.module, name, buffer.to(device))
+
+    def _large_tables(self, head: Tensor | None) -> tuple[str, ...]:
+        """Embeddings outside of the blocks that are to stay in the file; not one that is the output layer too."""
+        tables = []
+        for name, module in self.module.named_modules():
+            outer = isinstance(module, nn.Embedding) and not any(name.startswith(f"{b}.") for b in self.blocks)
+            if outer and module.weight is not head and module.weight.nbytes >= LARGE:  # type: ignore[union-attr]
+                tables.append(f"{name}.")
+        return tuple(tables)
 
     def _tie(self, target: str, source: str) -> None:
         """Let two tied parameters be one, whichever of them is loaded."""
@@ -342,14 +359,14 @@ class StreamedModel:
         }
 
     def names(self, parameter: str) -> list[str]:
-        """Names on disk of the tensors that a parameter is made of; its own name where there are none."""
+        """Names on disk of the tensors that a parameter is made of; none where it is a part of another's."""
         own = self.module.all_tied_weights_keys.get(parameter, parameter)
-        return self._sources.get(parameter) or self._sources.get(own) or [parameter]
+        return self._sources.get(parameter) or self._sources.get(own) or []
 
     def pieces(self, parameter: str) -> list[Piece]:
         """Where the parts of a parameter lie on disk; what conversions make of them is checked once it is loaded."""
         names, tensor = self.names(parameter), self.module.get_parameter(parameter)
-        own = names[0] in self._targets
+        own = bool(names)
         if own and len(names) == 1 and not self._targets[names[0]][1]:
             return [Piece(names[0], DTYPES[self.checkpoint.entries[names[0]].dtype])]
         if not own:  # what this parameter is a part of goes by the name of another one

@@ -226,9 +226,10 @@ class Observer(TorchFunctionMode):
             parts.clear()
             H = total.div_(tokens)
             if not bool(H.isfinite().all()):
+                part = f"[{tiles[0].index}]" if tiles[0].count > 1 else ""
                 raise CalibrationError(
-                    f"{tiles[0].weight}: its inputs hold NaN or infinity; try --dtype float32, or look at the model's "
-                    f"weights"
+                    f"{tiles[0].weight}{part}: its inputs hold NaN or infinity; try --dtype float32, or look at "
+                    f"the model's weights"
                 )
             yield tiles, H, tokens
 

@@ -114,11 +114,30 @@ class Weight:
         return sorted({piece.tensor for piece in self.pieces}, key=natural)
 
     @property
+    def kept(self) -> list[str]:
+        """The tensors that it is made of, or the part of one."""
+        partial = [piece for piece in self.pieces if piece.at != () and piece.part == ()]
+        return [part_name(piece.tensor, piece.at) for piece in partial] or self.tensors
+
+    @property
     def names(self) -> list[str]:
         """All that it and its matrices may be called: here, and as tensors or parts of tensors on disk."""
-        tiles = len(self.parameter) if self.parameter.ndim == 3 else 0
-        wholes = [piece.tensor for piece in self.pieces if piece.at == ()]
-        return [self.name, *self.tensors, *(f"{tensor}[{i}]" for tensor in wholes for i in range(tiles))]
+        return [self.name, *self.tensors, *self.parts]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of its matrices, as far as they are known before it is used: those of tiles of rows are a guess."""
+        found = []
+        for piece in self.pieces:
+            indices: list[Index] = [piece.at]
+            if piece.part == () and self.parameter.ndim == 3:
+                indices = [(i,) for i in range(len(self.parameter))]
+            elif piece.at == () and self.bare:
+                n = next((n for key, n in vars(self.module).items() if key.endswith("num_experts")), 1)
+                step = -(-len(self.parameter) // n)
+                indices = [(slice(start, start + step),) for start in range(0, len(self.parameter), step)]
+            found += [part_name(piece.tensor, index) for index in indices]
+        return found
 
     @property
     def bare(self) -> bool:
@@ -168,7 +187,12 @@ class Matrix:
     @property
     def name(self) -> str:
         """Name of the tensor, and the part of it where it is not the whole: `experts.down_proj[3]`, `w13[0, 0:64]`."""
-        return self.tensor + (f"[{', '.join(map(_written, self.at))}]" if self.at else "")
+        return part_name(self.tensor, self.at)
+
+    @property
+    def names(self) -> list[str]:
+        """All that it may be called in options: as its parameter, its tensor, and itself."""
+        return [self.weight.name, self.tensor, self.name]
 
     def read(self) -> Tensor:
         """W [d_out, d_in] in the dtype of the model; shares memory with the parameter."""
@@ -186,6 +210,11 @@ class Matrix:
         vanished = (new == 0) & (W != 0)
         new = torch.where(vanished, torch.copysign(torch.tensor(smallest, device=W.device), W).to(dtypes[1]), new)
         return torch.where(new == 0, 0, new).to(dtypes[0])
+
+
+def part_name(tensor: str, at: Index) -> str:
+    """Name of a part of a tensor, that of the tensor where it is the whole."""
+    return tensor + (f"[{', '.join(map(_written, at))}]" if at else "")
 
 
 def _written(index: Any) -> str:

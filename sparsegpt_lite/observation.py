@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sparsegpt_lite.activations import BlockCall
 from sparsegpt_lite.config import PruneConfig
-from sparsegpt_lite.errors import ModelError
 from sparsegpt_lite.hessian import Observer, Tile
 from sparsegpt_lite.matrices import Matrix, Weight, unused
 
@@ -44,9 +43,6 @@ class Observation:
 
     def seen(self) -> Iterator[Seen]:
         """Run the block on its calls; give each of its matrices once, with what it saw."""
-        for weight in self.weights.values():
-            if not bool(weight.parameter.isfinite().all()):
-                raise ModelError(f"{weight.name}: the weights hold NaN or infinity; fetch the checkpoint again")
         used: set[Tile] = set()
         watched = {name: weight.parameter.data for name, weight in self.weights.items()}
         only: set[Tile] | None = None
@@ -95,7 +91,7 @@ class Observation:
             yield Seen([matrix for tile in tiles for matrix in self._matrices(tile)], H, tokens)
             return
         for tile in tiles:
-            if tile.count == 1 and self.config.few_tokens == "all":  # these are all that there are
+            if tile.count == 1:  # these are all that there are
                 yield Seen(self._matrices(tile), H, tokens, f"{tokens} tokens for {len(H)} inputs")
             else:
                 self._starved[tile] = tokens
@@ -113,12 +109,14 @@ class Observation:
 
     def _with_all_tokens(self) -> Iterator[Seen]:
         """Send every token to the starved experts, some at a time, where their module is given its routing."""
-        if self.config.few_tokens != "all":
+        if self.config.few_tokens != "all" or self.config.method == "magnitude":
             return
         owners = {name.rpartition(".")[0] for name in {tile.weight for tile in self._starved}}
         for owner in sorted(owners):
             while waiting := {t for t in self._starved if t.weight.rpartition(".")[0] == owner}:
-                with rerouted(self._modules(owner), sorted({tile.index for tile in waiting})) as calls:
+                first = sorted({tile.index for tile in waiting})  # then others, so that none gets a token twice
+                rest = [e for e in range(next(iter(waiting)).count) if e not in first]
+                with rerouted(self._modules(owner), first + rest) as calls:
                     observer = self._run({t.weight: self.weights[t.weight].parameter.data for t in waiting}, waiting)
                 found = [(tile, H, n) for tiles, H, n in observer.hessians() for tile in tiles]
                 if not calls or not found:

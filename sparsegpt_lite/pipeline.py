@@ -88,14 +88,16 @@ def prune(  # noqa: PLR0913, the public door
     report = new_report(model, str(source), calibration, config)
     report.checkpoint, report.commit, report.target = checkpoint.digest, checkpoint.commit, str(target)
     if resume and finished(target):
-        return evaluated(finished_report(target, report), evaluate)
+        return evaluated(finished_report(target, report), target, evaluate)
     if evaluate and not resume:
         report.perplexity = [evaluate(str(source))]
     started = time.monotonic()
     with Writer(checkpoint, target, identity(report), overwrite, resume) as writer:
-        if evaluate:
-            report.perplexity = noted(writer, "perplexity") or report.perplexity or [evaluate(str(source))]
+        if evaluate and not noted(writer, "perplexity"):
+            report.perplexity = report.perplexity or [evaluate(str(source))]
             writer.note({"perplexity": report.perplexity[0]})
+        elif evaluate:
+            report.perplexity = noted(writer, "perplexity")
         done = {block: Done.from_json(record) for block, record in writer.done.items()}
         model.elsewhere = writer.written
         report.resumed = len(done)
@@ -110,13 +112,13 @@ def prune(  # noqa: PLR0913, the public door
                 model.load_outer(head=False, device=feed.placement.outer)
                 for attempt in feed.attempts(lambda size: writer.note({"batch_size": size})):
                     with attempt:
-                        visited = prune_blocks(model, feed, config, done, write, progress)
-            fill(report, model, config, done, visited)
+                        prune_blocks(model, feed, config, done, write, progress)
+            fill(report, model, config, done)
             report.batch_size, report.activations = feed.batch_size, feed.placement.where
             report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
             report.seconds = time.monotonic() - started
         writer.finish({REPORT: report.to_json()})
-    return evaluated(PruneReport.read(target / REPORT), evaluate)
+    return evaluated(PruneReport.read(target / REPORT), target, evaluate)
 
 
 def prune_model(
@@ -146,8 +148,8 @@ def prune_model(
     with loaded, memory.PeakMemory(loaded.device) as peak:
         for attempt in feed.attempts(lambda size: None):
             with attempt:
-                visited = prune_blocks(loaded, feed, config, done, lambda *_: None, progress)
-    fill(report, loaded, config, done, visited)
+                prune_blocks(loaded, feed, config, done, lambda *_: None, progress)
+    fill(report, loaded, config, done)
     report.batch_size, report.activations = feed.batch_size, feed.placement.where
     report.seconds = time.monotonic() - started
     report.peak_host_bytes, report.peak_device_bytes = peak.host, peak.device
@@ -183,23 +185,24 @@ class Feed:
 
     def attempts(self, note: Callable[[int], None]) -> Iterator[AbstractContextManager[None]]:
         """Contexts for a run: when the device is out of memory in one, the next comes with half the windows."""
-        failed: list[bool] = [True]
-        while failed.pop():
+        while True:
+            failed: list[int] = []
             yield self._attempt(failed)
-            failed = failed or [False]
-            if failed[0]:
-                self.batch_size //= 2
-                note(self.batch_size)
-                memory.give_back()
+            if not failed:
+                return
+            self.batch_size //= 2
+            note(self.batch_size)
+            memory.give_back()
+            torch.cuda.empty_cache()
 
     @contextmanager
-    def _attempt(self, failed: list[bool]) -> Iterator[None]:
+    def _attempt(self, failed: list[int]) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError:
             if self.batch_size == 1:
                 raise
-            failed.append(True)
+            failed.append(self.batch_size)
 
 
 def prune_blocks(
@@ -209,7 +212,7 @@ def prune_blocks(
     done: dict[str, Done],
     write: Callable[[str, list[Matrix], Done], None],
     progress: bool,
-) -> list[str]:
+) -> None:
     """The loop: every block sees what the pruned blocks before it give, is solved from that, written, and passed on.
 
     Args:
@@ -219,11 +222,9 @@ def prune_blocks(
         done: Blocks that were finished before, which are only run; gets each block that is finished here.
         write: Called with a block, its pruned matrices and its result while it is still loaded.
         progress: Draw a bar on stderr.
-
-    Returns:
-        The blocks in the order in which the model calls them.
     """
     place, chosen, pattern = feed.placement, block_numbers(config.blocks), str(parse(config.sparsity))
+    wanted = len(model.blocks if chosen is None else chosen)
     batches = [batch.to(place.outer) for batch in feed.tokens.split(feed.batch_size)]
     forwards = [partial(calibration_forward, model.module, batch) for batch in batches]
     with (
@@ -233,7 +234,7 @@ def prune_blocks(
         SuspendedForwards(model.blocks, forwards, place.inward, place.outward) as suspended,
         tqdm(total=len(model.blocks), desc="pruning", unit="block", disable=not progress, file=sys.stderr) as bar,
     ):
-        while (block := suspended.block) is not None and (chosen is None or len(suspended.visited) <= max(chosen) + 1):
+        while (block := suspended.block) is not None and len(done) < wanted:
             with loading(model, block):
                 if block not in done and (chosen is None or suspended.visited.index(block) in chosen):
                     solved, result = [], Done([], {})
@@ -251,9 +252,9 @@ def prune_blocks(
                     put(solved)
                     write(block, [matrix for matrix, _ in solved], result)
                     done[block] = result
-                suspended.advance()
+                if len(done) < wanted:
+                    suspended.advance()
             bar.update()
-    return suspended.visited
 
 
 def observed(
@@ -269,13 +270,16 @@ def observed(
     What other blocks share with this one and have pruned before is left as it is. `dense` gets a reason for each
     tensor that stays dense.
     """
+    for name, parameter in model.blocks[block].named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ModelError(f"{block}.{name}: the weights hold NaN or infinity; fetch the checkpoint again")
     weights, reasons = candidates(model, block, config)
     before = {tensor for result in done.values() for tensor in result.tensors}
     dense |= reasons
     fresh = {weight.name: weight for weight in weights if not before.issuperset(weight.tensors)}
     for seen in Observation(model.blocks[block], fresh, calls, config, dense).seen():
         for matrix in seen.matrices:
-            if reason := left_out((matrix.weight.name, matrix.name), config):
+            if reason := left_out(matrix.names, config):
                 dense[matrix.name] = reason
             elif matrix.tensor not in before:
                 yield matrix, seen
@@ -443,22 +447,18 @@ def noted(writer: Writer, name: str) -> list[Any]:
     return [note[name] for note in writer.notes if name in note]
 
 
-def fill(
-    report: PruneReport, model: BlockModel, config: PruneConfig, done: Mapping[str, Done], visited: list[str]
-) -> None:
+def fill(report: PruneReport, model: BlockModel, config: PruneConfig, done: Mapping[str, Done]) -> None:
     """Put into the report what became of every weight.
 
     Raises:
         ModelError: No matrix could be pruned.
     """
-    chosen = block_numbers(config.blocks)
     for result in done.values():
         report.matrices += result.rows
         report.dense |= result.dense
-    others = {block: UNUSED if chosen is None else NOT_CHOSEN for block in model.blocks if block not in visited}
-    if chosen is not None:
-        others |= {block: NOT_CHOSEN for i, block in enumerate(visited) if i not in chosen}
-    report.dense = model.others() | report.dense | outside(model, others)
+    reason = UNUSED if config.blocks is None else NOT_CHOSEN
+    others = outside(model, {block: reason for block in model.blocks if block not in done})
+    report.dense = model.others() | report.dense | others
     for name in {tensor_of(row.name) for row in report.matrices}:
         report.dense.pop(name, None)  # stayed dense in one of the blocks that share it
     if not report.matrices:
@@ -477,12 +477,12 @@ def finished_report(target: Path, report: PruneReport) -> PruneReport:
     return earlier
 
 
-def evaluated(report: PruneReport, evaluate: Callable[[str], dict[str, Any]] | None) -> PruneReport:
-    """Add the perplexity of the pruned model to its report, here and beside it."""
-    if evaluate and len(report.perplexity) == 1:
-        assert report.target is not None
-        report.perplexity.append(evaluate(report.target))
-        path = Path(report.target) / REPORT
+def evaluated(report: PruneReport, target: Path, evaluate: Callable[[str], dict[str, Any]] | None) -> PruneReport:
+    """Add what perplexities are not yet in a report, here and beside the weights: the dense and the pruned model's."""
+    missing = [report.source, str(target)][len(report.perplexity) :]
+    if evaluate and missing:
+        report.perplexity += map(evaluate, missing)
+        path = target / REPORT
         path.with_suffix(".new").write_text(report.to_json(), encoding="utf-8")
         path.with_suffix(".new").replace(path)
     return report

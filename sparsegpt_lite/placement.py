@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,9 @@ def choose(where: str, device: torch.device, need: int, folder: Path | None = No
         device: Where the blocks run.
         need: Bytes that the activations take.
         folder: Where files go, if it comes to that.
+
+    Raises:
+        CheckpointError: The disk is asked for and has too little room.
     """
     if where == "auto":
         if device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] // 3:
@@ -82,6 +86,12 @@ def choose(where: str, device: torch.device, need: int, folder: Path | None = No
             where = "host" if need <= psutil.virtual_memory().available // 2 else "disk"
     if where == "device" and device.type == "cpu":
         where = "host"
+    disk = folder or tempfile.gettempdir()
+    if where == "disk" and (free := shutil.disk_usage(disk).free) < need:
+        raise CheckpointError(
+            f"{disk}: the activations need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk; free some, "
+            f"use --activations host, or lower --nsamples"
+        )
     return Placement(where, device, folder)
 
 

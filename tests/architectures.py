@@ -265,9 +265,17 @@ def _arguments(config_class: type[PreTrainedConfig], model_type: str) -> dict[st
     chosen = {name: size for name, size in SIZES.items() if name in known}
     if "kv_lora_rank" in known:  # latent attention has sizes of its own for heads
         chosen |= {"num_key_value_heads": 4, "head_dim": DEFAULT}
-    for name, part in (config_class.sub_configs_defaults or {}).items():
+    for name, part in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
         part_class = CONFIG_MAPPING[part.model_type] if part.config_class is AutoConfig else part.config_class
         chosen[name] = {"model_type": part.model_type, **_arguments(part_class, part.model_type)}
+        chosen[name] |= OVERRIDES.get(f"{model_type}.{name}", {})
+    older = (
+        {} if hasattr(config_class, "sub_configs_defaults") else config_class.sub_configs
+    )  # before transformers 5.20
+    for name, part_class in older.items():
+        if part_class is AutoConfig:
+            continue
+        chosen[name] = {"model_type": part_class.model_type, **_arguments(part_class, part_class.model_type)}
         chosen[name] |= OVERRIDES.get(f"{model_type}.{name}", {})
     chosen |= OVERRIDES.get(model_type, {})
     return {name: value for name, value in chosen.items() if value is not DEFAULT}

@@ -21,7 +21,9 @@ from sparsegpt_lite.errors import CalibrationError, ModelError
 from sparsegpt_lite.eval.perplexity import perplexity, window_losses
 from sparsegpt_lite.inspection import inspect
 from sparsegpt_lite.matrices import Piece
+from sparsegpt_lite.memory import anonymous_bytes
 from sparsegpt_lite.methods import METHODS
+from tests.conftest import save_checkpoint
 
 VOCAB = 257
 FAMILIES = ["llama", "qwen3", "gemma2", "opt", "gpt2", "bloom", "mixtral", "openai-gpt"]
@@ -420,3 +422,17 @@ def test_skip_that_matches_nothing_is_refused(
     options = ["--text", str(text_file), "--skip", "dwon_proj", "--out", str(tmp_path / "out")]
     assert main([str(checkpoint("llama")), *options]) == 1
     assert "--skip dwon_proj: matches no weight that could be pruned" in capsys.readouterr().err
+
+
+def test_a_large_embedding_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """51 MB of rows stay in the file, and their lookups give what the whole model gives."""
+    monkeypatch.setattr("sparsegpt_lite.blocks.LARGE", 10_000_000)
+    source = save_checkpoint(tmp_path / "model", vocab_size=400_000)
+    streamed = StreamedModel(Checkpoint(source), torch.device("cpu"))
+    before = anonymous_bytes()
+    streamed.load_outer(head=False)
+    assert anonymous_bytes() - before < 10_000_000
+    tokens = torch.tensor([[399_999, 0, 5, 7]])
+    windows = Windows(tokens, "numbers", "-", "-")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    assert perplexity(source, windows=windows).nll == perplexity(model, windows=windows).nll
