@@ -302,7 +302,7 @@ class StreamedModel:
         tables = []
         for name, module in self.module.named_modules():
             outer = isinstance(module, nn.Embedding) and not any(name.startswith(f"{b}.") for b in self.blocks)
-            if outer and module.weight is not head and module.weight.nbytes >= LARGE:  # type: ignore[union-attr]
+            if outer and module.weight is not head and module.weight.nbytes >= LARGE:
                 tables.append(f"{name}.")
         return tuple(tables)
 
