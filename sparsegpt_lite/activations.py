@@ -5,7 +5,8 @@ often as it likes, then hands the block's output over and the forward goes on to
 embeddings, shared keys and whatever else flows past the blocks stay the model's own business.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
-from sparsegpt_lite.errors import ModelError
+from sparsegpt_lite.errors import ModelError, SparseGPTError, one_line
 
 
 @dataclass
@@ -29,7 +30,28 @@ class BlockCall:
     def run(self) -> Any:
         """Run the block on what it was called with."""
         args, kwargs = self.inward((self.args, self.kwargs))
-        return self.forward(*args, **kwargs)
+        with running(self.block):
+            return self.forward(*args, **kwargs)
+
+
+@contextmanager
+def running(module: str) -> Iterator[None]:
+    """Make one line of ours of what a model raises whose config.json builds it, but does not let it run.
+
+    Raises:
+        ModelError: In place of whatever it was; errors of ours and a lack of memory stay what they are.
+    """
+    try:
+        yield
+    except (SparseGPTError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):  # as torch says it of the CPU's
+            raise
+        raise ModelError(
+            f"{module}: cannot be run ({type(error).__name__}: {one_line(error)}); compare config.json with that of "
+            f"the base model"
+        ) from error
 
 
 def _stay(tree: Any) -> Any:

@@ -4,11 +4,13 @@ The model is a skeleton on the meta device; one block at a time is filled from t
 loader and emptied again. Everything private of transformers is called here and nowhere else.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -34,6 +36,8 @@ from sparsegpt_lite.config import PruneConfig
 from sparsegpt_lite.errors import CheckpointError, ConfigError, ModelError, one_line
 from sparsegpt_lite.matrices import Matrix, Piece, Weight, arrangements, left_out, natural, tensor_of, why_dense
 
+# Fields of a config that loops of transformers run to, and the most that is no mistake.
+COUNTS = {re.compile(r"(layers?|blocks|depth)$"): 1_000, re.compile(r"(experts|groups|codebooks|labels)$"): 10_000}
 LARGE = 2**30  # bytes; an embedding of this size is not loaded, its rows are read when they are looked up
 
 
@@ -225,7 +229,7 @@ class StreamedModel:
         self.checkpoint, self.device = checkpoint, device
         self.elsewhere: Mapping[str, Path] = {}
         self.dtype = dtype or disk_dtype(checkpoint)
-        self.module = _skeleton(checkpoint, self.dtype, device, trust_remote_code)
+        self.module = _skeleton(checkpoint, self.dtype, trust_remote_code)
         self.blocks = find_blocks(self.module)
         self._mapping = get_model_conversion_mapping(self.module)
         self._targets = self._map_names()
@@ -233,6 +237,7 @@ class StreamedModel:
         for name in sorted(self._targets, key=natural):
             self._sources.setdefault(self._targets[name][0], []).append(name)
         self._check_names()
+        _compute_buffers(self.module, device)  # now that the sizes are known to be right
 
     def _map_names(self) -> dict[str, tuple[str, bool]]:
         """On-disk name -> name in the model (the first, where several are fused or split), and if it is converted."""
@@ -258,7 +263,8 @@ class StreamedModel:
             raise CheckpointError(_not_on_disk(self.checkpoint, missing))
         for name, (target, converts) in self._targets.items():
             shape, dtype = self.checkpoint.entries[name].shape, self.checkpoint.entries[name].dtype
-            if target in state and dtype not in DTYPES:
+            floating = dtype in DTYPES and DTYPES[dtype].is_floating_point
+            if target in state and not floating and state[target].is_floating_point():
                 raise CheckpointError(f"{self.checkpoint.folder}: {name} is {dtype} on disk; give the dense model")
             if not converts and target in state and tuple(state[target].shape) != shape:
                 raise CheckpointError(
@@ -467,20 +473,25 @@ def disk_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _skeleton(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
-) -> PreTrainedModel:
-    """Build the model on meta, its computed buffers real and exactly those that from_pretrained makes."""
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Build the model on meta."""
     if checkpoint.config.get("auto_map") and not trust_remote_code:
         raise ModelError(
             f"{checkpoint.name}: brings its own model code; read it, and allow it with --trust-remote-code"
         )
+    kinds = checkpoint.config.get("architectures") or "no architectures"
+    if checkpoint.config.get("is_encoder_decoder") is True or "ForMaskedLM" in str(kinds):
+        raise ModelError(f"{checkpoint.name}: has an encoder ({kinds}); give a decoder-only model")
+    _check_counts(checkpoint, checkpoint.config)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        with quiet():
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         for extra in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if getattr(config, extra, False):
                 setattr(config, extra, False)
-        with init_empty_weights(include_buffers=True):
+        config.return_dict = True
+        config._attn_implementation = None  # of here, not of the machine that saved it, nor code from the Hub
+        with quiet(), init_empty_weights(include_buffers=True):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
@@ -492,10 +503,28 @@ def _skeleton(
         ) from error
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # comes from the checkpoint
+    return model.eval().requires_grad_(False)
+
+
+def _check_counts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuse a config that asks for far more layers than there are tensors: building them would never end."""
+    there = len(checkpoint.entries)
+    for name, value in config.items():
+        most = next((most for field, most in COUNTS.items() if field.search(name)), None)
+        if isinstance(value, dict):
+            _check_counts(checkpoint, value)
+        elif most and isinstance(value, int | float) and value > max(most, there):
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json asks for {name} {value}, but there are {there} tensors; "
+                f"fetch both again"
+            )
+
+
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Make the buffers real that are computed, exactly those that from_pretrained makes."""
     for name, buffer in list(model.named_non_persistent_buffers()):
         _set(model, name, torch.empty_like(buffer, device=device))
     model.initialize_weights()  # outside the dtype context, as from_pretrained does it
-    return model.eval().requires_grad_(False)
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -503,6 +532,19 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor  # type: ignore[assignment]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from telling on stderr what it thinks of a config; what it refuses is raised besides."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager

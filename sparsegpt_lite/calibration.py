@@ -187,13 +187,20 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> A
     """
     from transformers import AutoTokenizer
 
+    from sparsegpt_lite.blocks import quiet
+
     if not any(next(checkpoint.folder.glob(pattern), None) for pattern in VOCABULARIES):
         raise CheckpointError(
             f"{checkpoint.folder}: no tokenizer (none of {', '.join(VOCABULARIES)}); copy it there from the base model"
         )
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a broken file makes of the many tokenizer classes
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        tokenizer("a", verbose=False)["input_ids"]  # some faults show only then
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a broken file makes of the many tokenizer classes; Rust's panic is one
         raise CheckpointError(
             f"{checkpoint.folder}: the tokenizer cannot be read ({one_line(error)}); copy it anew from the base model"
         ) from error

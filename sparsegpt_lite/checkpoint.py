@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +88,8 @@ class Checkpoint:
     def _config(self) -> dict[str, Any]:
         path = self.folder / CONFIG
         self._check_link(path)
+        if not path.is_file() and (self.folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{self.folder}: an adapter; merge it into its base model, and give what comes of it")
         if not path.is_file():
             raise CheckpointError(f"{self.folder}: no config.json; give the folder or Hub id of a transformers model")
         config = read_json(path)
@@ -118,10 +121,13 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{index}: names the shard {shard!r}, which is no file of this folder; fetch the model again"
                 )
-            if not (self.folder / shard).is_file():
+        shards = sorted(set(weight_map.values()))
+        there = {path.name for path in self.folder.iterdir() if path.is_file()}
+        for shard in shards:
+            if shard not in there:
                 raise CheckpointError(f"{index}: names {shard}, which is missing; fetch the model again")
             self._check_link(self.folder / shard)
-        return sorted(set(weight_map.values()))
+        return shards
 
     def _within(self, path: Path) -> bool:
         """Whether a file lies in the folder, or for a snapshot anywhere in the cache of its repository."""
@@ -235,7 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({one_line(error)}); fetch the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__} where an object belongs; fetch the file again")
@@ -249,16 +255,20 @@ def read_header(path: Path) -> dict[str, Entry]:
         CheckpointError: The file is cut off or damaged.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks dtypes, shapes, offsets and the length of the file
-            pass
-        with path.open("rb") as file:
+        # safetensors checks dtypes, shapes, offsets and the length of the file
+        with path.open("rb") as file, safe_open(path, framework="pt"):
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: {path.stat().st_size:,} bytes, no whole safetensors file ({one_line(error)}); fetch it again"
         ) from error
     header.pop("__metadata__", None)
+    for name, e in header.items():
+        if math.prod(size for size in e["shape"] if size) >= 2**63:  # of an empty tensor; torch has no such shapes
+            raise CheckpointError(f"{path}: {name} has the shape {e['shape']}; fetch it again")
     return {
         name: Entry(path.name, e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
         for name, e in header.items()

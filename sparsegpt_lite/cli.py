@@ -226,16 +226,16 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(command, "quiet", False):
                 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
             command.run()
-    except (SparseGPTError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+    except BrokenPipeError:  # the reader of stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SparseGPTError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
         text = _explained(error)
-        if isinstance(command, Prune) and (command.target / ".work" / "journal").is_file() and "--resume" not in text:
+        if getattr(error, "resumable", False) and "--resume" not in text:
             again = [PROGRAM, *(a for a in argv if a not in ("--overwrite", "--resume")), "--resume"]
             text += f"; what is finished is kept, go on with: {shlex.join(again)}"
         print(f"{PROGRAM}: {text}", file=sys.stderr)
         return error.code if isinstance(error, _Terminated) else 130 if isinstance(error, KeyboardInterrupt) else 1
-    except BrokenPipeError:  # the reader of stdout went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 
@@ -263,11 +263,13 @@ def _terminable() -> Iterator[None]:
 
 
 def _explained(error: BaseException) -> str:
-    """One line for an error of ours, an interruption or a lack of memory; any other error is a bug and raised again."""
+    """One line for what is ours, the system's, an interruption or a lack of memory; the rest are bugs, raised again."""
     if isinstance(error, SparseGPTError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "terminated" if isinstance(error, _Terminated) else "interrupted"
+    if isinstance(error, OSError):
+        return f"{one_line(error)}; check the path and its permissions"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
         return f"out of memory ({one_line(error)}); lower --seqlen or --nsamples, or use --activations disk"
     raise error

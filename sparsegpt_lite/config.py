@@ -77,6 +77,8 @@ class PruneConfig:
         _one_of(self, "dtype", DTYPE_NAMES)
         _one_of(self, "few_tokens", FEW_TOKENS)
         _one_of(self, "activations", ACTIVATIONS)
+        if self.text == "":  # of a variable of the shell that is not set
+            raise ConfigError("--text: is empty; give a file, or leave it out")
         if not self.token_floor >= 0:
             raise ConfigError(f"--token-floor {self.token_floor:g}: must be at least 0")
         if not self.hessian_gib > 0:
@@ -147,8 +149,9 @@ def block_numbers(blocks: str | None) -> frozenset[int] | None:
 def _at_least(config: object, **lowest: int) -> None:
     for name, low in lowest.items():
         value = getattr(config, name)
-        if value is not None and value < low:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+        if value is not None and not low <= value < 2**63:
+            limit = f"at least {low}" if value < low else "below 2**63"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be {limit}")
 
 
 def _one_of(config: object, name: str, choices: tuple[str, ...]) -> None:

@@ -2,9 +2,16 @@
 
 import textwrap
 
+LONGEST = 600  # characters of a message
+
 
 class SparseGPTError(Exception):
     """Base of all errors of this package; the command line prints it as one line and exits with 1."""
+
+    def __init__(self, message: str) -> None:
+        """Take a message; what a file brought into it is made printable, and it is cut in the middle if it is long."""
+        text = printable(message)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 205]} ... {text[-200:]}")
 
 
 class ConfigError(SparseGPTError):
@@ -25,6 +32,11 @@ class CalibrationError(SparseGPTError):
 
 class SolverError(SparseGPTError):
     """A layer that cannot be solved: weights or moments that are not finite, or a singular Hessian."""
+
+
+def printable(text: str) -> str:
+    """Write what would break a line, move the cursor or cannot be encoded as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,11 +1,13 @@
 """What zeros does a checkpoint hold? Read from its bytes alone: no model code, one tensor in memory at a time."""
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from sparsegpt_lite.checkpoint import DTYPES, REPORT, Checkpoint, read_json
+from sparsegpt_lite.errors import SparseGPTError, printable
 from sparsegpt_lite.masks import obeys
 from sparsegpt_lite.report import aligned
 from sparsegpt_lite.sparsity import NofM, parse
@@ -42,8 +44,9 @@ def inspect(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def _patterns(checkpoint: Checkpoint) -> list[NofM]:
     """Patterns to look for: the one that our report names, if there is one, and the usual ones."""
-    report = checkpoint.folder / REPORT
-    named = parse(read_json(report).get("config", {}).get("sparsity", "0")) if report.is_file() else None
+    report, named = checkpoint.folder / REPORT, None
+    with suppress(SparseGPTError, LookupError, TypeError):  # it is none of ours
+        named = parse(read_json(report)["config"]["sparsity"]) if report.is_file() else None
     return [*([named] if isinstance(named, NofM) else []), *PATTERNS]
 
 
@@ -68,8 +71,9 @@ def table(found: list[dict[str, Any]], every: bool = False) -> str:
     rows = [("tensor", "count", "shape", "dtype", "zeros: mean", "min", "max", "pattern")]
     for (kind, shape, dtype, pattern), group in groups.items():
         levels = [t["sparsity"] for t in group]
-        rows.append((kind, str(len(group)), " x ".join(map(str, shape)), dtype, f"{sum(levels) / len(levels):.2%}",
-                     f"{min(levels):.2%}", f"{max(levels):.2%}", pattern or "-"))  # fmt: skip
+        rows.append((printable(kind), str(len(group)), " x ".join(map(str, shape)), dtype,
+                     f"{sum(levels) / len(levels):.2%}", f"{min(levels):.2%}", f"{max(levels):.2%}",
+                     pattern or "-"))  # fmt: skip
     zeros, weights = sum(t["zeros"] for t in found), sum(_numel(t) for t in found)
     sparse = [t for t in found if t["pattern"] or t["sparsity"] >= 0.1]
     lines = [aligned(rows, left=(0, 7)), ""]

@@ -231,16 +231,17 @@ def tensor_of(name: str) -> str:
 
 def put(solved: Sequence[tuple[Matrix, Tensor]]) -> None:
     """Put rounded matrices W [d_out, d_in] in their places in the model."""
-    fresh: dict[str, Tensor] = {}
+    fresh: dict[str, tuple[Any, Tensor]] = {}  # all of it is made first: a lack of memory leaves the model as it was
     for matrix, W in solved:
-        parameter = matrix.weight.parameter
-        new = W.T if matrix.transposed else W
+        weight, new = matrix.weight, W.T if matrix.transposed else W
         if matrix.part == ():
-            parameter.data = new.contiguous()
-        else:
-            if matrix.weight.name not in fresh:  # what is loaded may be a view of the file
-                fresh[matrix.weight.name] = parameter.data = parameter.data.clone()
-            parameter.data[matrix.part] = new
+            fresh[weight.name] = weight.parameter, new.contiguous()
+        else:  # what is loaded may be a view of the file
+            if weight.name not in fresh:
+                fresh[weight.name] = weight.parameter, weight.parameter.data.clone()
+            fresh[weight.name][1][matrix.part] = new
+    for parameter, new in fresh.values():
+        parameter.data = new
 
 
 def why_dense(path: str, module: nn.Module, leaf: str, parameter: Tensor) -> str | None:

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sparsegpt_lite import memory
-from sparsegpt_lite.activations import BlockCall, SuspendedForwards
+from sparsegpt_lite.activations import BlockCall, SuspendedForwards, running
 from sparsegpt_lite.blocks import (
     BlockModel,
     LoadedModel,
@@ -101,7 +101,7 @@ def prune(  # noqa: PLR0913, the public door
         done = {block: Done.from_json(record) for block, record in writer.done.items()}
         model.elsewhere = writer.written
         report.resumed = len(done)
-        size = min([config.batch_size, *noted(writer, "batch_size")])
+        size = min([config.batch_size, len(calibration.tokens), *noted(writer, "batch_size")])
         feed = Feed(calibration.tokens, size, place(model, calibration.tokens, config, writer.work))
 
         def write(block: str, matrices: list[Matrix], result: Done) -> None:
@@ -144,7 +144,7 @@ def prune_model(
     check_shapes(loaded, config)
     report = new_report(loaded, model.name_or_path or type(model).__name__, calibration, config)
     started, done = time.monotonic(), dict[str, Done]()
-    feed = Feed(tokens, config.batch_size, Placement("device", loaded.device))
+    feed = Feed(tokens, min(config.batch_size, len(tokens)), Placement("device", loaded.device))
     with loaded, memory.PeakMemory(loaded.device) as peak:
         for attempt in feed.attempts(lambda size: None):
             with attempt:
@@ -346,9 +346,8 @@ def calibration_forward(model: PreTrainedModel, batch: Tensor) -> None:
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(stop) if head is not None else None
     try:
-        model(input_ids=batch, use_cache=False)
-    except _BeforeHeadError:
-        pass
+        with running(model.name_or_path or type(model).__name__), suppress(_BeforeHeadError):
+            model(input_ids=batch, use_cache=False)
     finally:
         if hook is not None:
             hook.remove()
@@ -426,8 +425,9 @@ def new_report(model: BlockModel, source: str, calibration: Windows, config: Pru
     )
 
 
-# What may differ between a run and its resumption: it does not change the result, or shows in the digest of the tokens.
-FREE = ("activations", "hessian_gib", "trust_remote_code", "revision", "dataset", "text", "text_column", "digest")
+# What may differ between a run and its resumption: it does not change the result, or shows elsewhere in the identity.
+FREE = {"activations", "device", "dtype", "hessian_gib", "trust_remote_code", "revision"}
+FREE |= {"dataset", "text", "text_column", "digest"}
 
 
 def identity(report: PruneReport) -> dict[str, Any]:
@@ -474,6 +474,7 @@ def finished_report(target: Path, report: PruneReport) -> PruneReport:
     """
     earlier = PruneReport.read(target / REPORT)
     check_run(target, identity(earlier), identity(report))
+    earlier.target = report.target  # it may have been moved
     return earlier
 
 
@@ -482,6 +483,11 @@ def evaluated(report: PruneReport, target: Path, evaluate: Callable[[str], dict[
     missing = [report.source, str(target)][len(report.perplexity) :]
     if evaluate and missing:
         report.perplexity += map(evaluate, missing)
+        dense, pruned = report.perplexity
+        if dense.get("digest") != pruned.get("digest"):
+            raise CalibrationError(
+                f"{target}: the dense model was evaluated on another text ({dense['dataset']}); give the same --eval"
+            )
         path = target / REPORT
         path.with_suffix(".new").write_text(report.to_json(), encoding="utf-8")
         path.with_suffix(".new").replace(path)

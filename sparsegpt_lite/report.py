@@ -146,10 +146,10 @@ class PruneReport:
             reasons = Counter(re.sub(r" \(.*|\[.*", "", reason) for reason in self.dense.values())
             counted = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
             lines.append(f"Left dense: {len(self.dense)} other weights ({counted}).")
-        if self.batch_size < self.config["batch_size"]:
-            lines.append(f"Out of memory on the device: went on with {self.batch_size} windows per forward.")
+        if self.batch_size < min(self.config["batch_size"], text["windows"]):
+            lines.append(f"Out of memory on the device: went on with batches of {self.batch_size}.")
         if self.resumed:
-            lines.append(f"{self.resumed} blocks were finished by an earlier run.")
+            lines.append(f"Finished by an earlier process: {self.resumed} of the blocks.")
         memory = f"{self.peak_host_bytes / 2**20:,.0f} MiB of memory"
         if self.peak_device_bytes is not None:
             memory += f", {self.peak_device_bytes / 2**20:,.0f} MiB on {self.device}"

@@ -81,7 +81,7 @@ def parse(text: str | float | Sparsity) -> Sparsity:
     if isinstance(text, (Unstructured, NofM)):
         return text
     written = str(text).strip()
-    if group := re.fullmatch(r"(\d+):(\d+)", written):
+    if group := re.fullmatch(r"(\d{1,9}):(\d{1,9})", written):
         return NofM(int(group[1]), int(group[2]))
     try:
         return Unstructured(float(written[:-1]) / 100 if written.endswith("%") else float(written))

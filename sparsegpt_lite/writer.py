@@ -81,6 +81,8 @@ class Writer:
                 self._copy(self._begin(run) if first is None else self._recall())
         except BaseException as error:
             self._leave(error)
+            if isinstance(error, KeyboardInterrupt) and unfinished(target):
+                error.resumable = True  # type: ignore[attr-defined]
             raise
 
     def __enter__(self) -> "Writer":
@@ -88,6 +90,8 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._leave(error)
+        if error is not None and unfinished(self.target):
+            error.resumable = True  # type: ignore[attr-defined]
 
     def _leave(self, error: BaseException | None) -> None:
         """Remove what was not finished and is worth nothing; let others work in the folder."""
@@ -158,18 +162,29 @@ class Writer:
                 shard in self.source.shards
                 and path.is_file()
                 and path.stat().st_size == (self.source.folder / shard).stat().st_size
+                and self._unchanged(record)
             )
         sums = record.get("crc32", {})
         return all(name in self.source.entries and self._checksum(name) == sums[name] for name in sums)
 
+    def _unchanged(self, record: Mapping[str, Any]) -> bool:
+        """Whether a shard of the source is still the one that was copied; it may have been fetched again since.
+
+        Raises:
+            CheckpointError: It holds something else now.
+        """
+        path = self.source.folder / record["copied"]
+        if path.stat().st_mtime_ns != record["modified"] and _checksum(path, 0, path.stat().st_size) != record["sum"]:
+            raise CheckpointError(
+                f"{path}: has changed since the run in {self.target} began; begin anew with --overwrite, or choose "
+                f"another --out"
+            )
+        return True
+
     def _checksum(self, name: str) -> str:
         """CRC of a tensor as it was written."""
-        entry, checksum = self.source.entries[name], 0
-        with (self.work / entry.shard).open("rb") as file:
-            file.seek(entry.start)
-            for start in range(entry.start, entry.stop, PIECE):
-                checksum = zlib.crc32(file.read(min(PIECE, entry.stop - start)), checksum)
-        return f"{checksum:08x}"
+        entry = self.source.entries[name]
+        return _checksum(self.work / entry.shard, entry.start, entry.stop)
 
     def _check_complete(self) -> None:
         """Refuse to go on where a file is neither waiting for its name nor has it."""
@@ -186,9 +201,11 @@ class Writer:
             return
         for shard in self.source.shards:
             if shard not in copied:
-                shutil.copyfile(self.source.folder / shard, self.work / shard)
+                path, modified = self.source.folder / shard, (self.source.folder / shard).stat().st_mtime_ns
+                shutil.copyfile(path, self.work / shard)
                 _sync(self.work / shard)
-                self.journal.append({"copied": shard})
+                total = _checksum(path, 0, path.stat().st_size)
+                self.journal.append({"copied": shard, "modified": modified, "sum": total})
         _sync(self.work)
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
@@ -284,6 +301,16 @@ class Writer:
         self._unlock()
         with suppress(OSError):  # the next run is there already
             self.work.rmdir()
+
+
+def _checksum(path: Path, start: int, stop: int) -> str:
+    """CRC-32 of some bytes of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        for at in range(start, stop, PIECE):
+            checksum = zlib.crc32(file.read(min(PIECE, stop - at)), checksum)
+    return f"{checksum:08x}"
 
 
 def _sync(path: Path) -> None:

@@ -298,7 +298,8 @@ NOT_FINITE = {
         poison("model.embed_tokens.weight", slice(65, 75)), ("model.layers.0.self_attn.q_proj.weight", "NaN")
     ),
     "NaN in a norm": Damage(
-        poison("model.layers.1.post_attention_layernorm.weight", 0), ("model.layers.1.mlp.gate_proj.weight", "NaN")
+        poison("model.layers.1.post_attention_layernorm.weight", 0),
+        ("model.layers.1.post_attention_layernorm.weight", "NaN"),
     ),
 }
 
