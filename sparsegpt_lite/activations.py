@@ -46,11 +46,11 @@ def running(module: str) -> Iterator[None]:
     except (SparseGPTError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if "allocate memory" in str(error):  # as torch says it of the CPU's
+        if any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
         raise ModelError(
             f"{module}: cannot be run ({type(error).__name__}: {one_line(error)}); compare config.json with that of "
-            f"the base model"
+            f"the base model, and if it is the same, update transformers"
         ) from error
 
 

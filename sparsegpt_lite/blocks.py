@@ -103,8 +103,8 @@ def _outermost(
 @contextmanager
 def loading(model: "BlockModel", block: str) -> Iterator[None]:
     """Have a block loaded while in context, and its memory back afterwards."""
-    model.load(block)
     try:
+        model.load(block)
         yield
     finally:
         model.drop(block)
@@ -288,9 +288,6 @@ class StreamedModel:
         tables = self._large_tables(None if output is None or not head else output.weight)
         self._load(lambda target: not target.startswith((*inside, *names, *tables)), device)
         self._load(lambda target: target.startswith(tables), torch.device("cpu"))
-        for name in tables:  # lookups come to the CPU
-            hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
-            add_hook_to_module(self.module.get_submodule(name.removesuffix(".")), hook)
         for target, source in self.module.all_tied_weights_keys.items():
             if not target.startswith(inside):
                 self._tie(target, source)
@@ -298,9 +295,12 @@ class StreamedModel:
         left = [n for n, t in state.items() if t.is_meta and not n.startswith((*inside, *names))]
         if left:
             raise CheckpointError(_not_on_disk(self.checkpoint, left))
+        for name in tables:  # lookups come to the CPU
+            hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+            add_hook_to_module(self.module.get_submodule(name.removesuffix(".")), hook)
         if device is not None:
             for name, buffer in list(self.module.named_buffers()):
-                if not name.startswith(inside):
+                if not name.startswith((*inside, *tables)):  # what a table multiplies by stays with it
                     _set(self.module, name, buffer.to(device))
 
     def _large_tables(self, head: Tensor | None) -> tuple[str, ...]:
@@ -348,7 +348,12 @@ class StreamedModel:
             weight_mapping=deepcopy(self._mapping),
         )
         with self.checkpoint.slices(names, self.elsewhere) as slices, _without_bars():
-            convert_and_load_state_dict_in_model(self.module, slices, config, None)
+            info = convert_and_load_state_dict_in_model(self.module, slices, config, None)[0]
+        for name, trace in info.conversion_errors.items():  # transformers keeps them to itself, memory that ran out too
+            cause = " ".join(trace.split())[-200:]
+            if "memory" in cause:
+                raise torch.OutOfMemoryError(f"{name}: out of memory while it was loaded: {cause}")
+            raise ModelError(f"{name}: cannot be made of what is on disk ({cause}); update transformers")
 
     def drop(self, block: str) -> None:
         """Put the parameters of a block back on meta, which frees them."""

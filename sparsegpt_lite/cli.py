@@ -270,6 +270,7 @@ def _explained(error: BaseException) -> str:
         return "terminated" if isinstance(error, _Terminated) else "interrupted"
     if isinstance(error, OSError):
         return f"{one_line(error)}; check the path and its permissions"
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
-        return f"out of memory ({one_line(error)}); lower --seqlen or --nsamples, or use --activations disk"
+    lacks = any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED"))
+    if isinstance(error, MemoryError) or lacks:
+        return f"out of memory ({one_line(error)}); lower --hessian-gib or --seqlen, or use --activations disk"
     raise error

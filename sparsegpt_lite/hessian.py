@@ -31,6 +31,9 @@ PRODUCTS: dict[Callable[..., Any], int] = {
 }
 
 
+USES = 64  # of a matrix within a block call, each with moments of its own
+
+
 @dataclass(frozen=True)
 class Tile:
     """One of `count` equal parts of a weight in memory order, each [rows, columns]; the whole where `count` is 1.
@@ -181,6 +184,10 @@ class Observer(TorchFunctionMode):
             self._counted.add(tile)
             return
         slot = next((tile, n) for n in itertools.count() if (tile, n) not in self._call)
+        if slot[1] >= USES:
+            raise ModelError(
+                f"{tile.weight}: is used more than {USES} times in a block call; leave it dense with --skip"
+            )
         if slot not in self._moments:
             size = 4 * X.shape[1] ** 2
             if self._moments and self._bytes + size > self.budget and tile not in self._counted:
@@ -225,13 +232,18 @@ class Observer(TorchFunctionMode):
                     del self._moments[slot]
             parts.clear()
             H = total.div_(tokens)
-            if not bool(H.isfinite().all()):
+            if not finite(H):
                 part = f"[{tiles[0].index}]" if tiles[0].count > 1 else ""
                 raise CalibrationError(
                     f"{tiles[0].weight}{part}: its inputs hold NaN or infinity; try --dtype float32, or look at "
                     f"the model's weights"
                 )
             yield tiles, H, tokens
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN or infinity; makes no copy of it."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _version(x: Tensor) -> int:

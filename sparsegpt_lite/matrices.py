@@ -157,6 +157,8 @@ class Weight:
             index = (slice(tile.index * rows, (tile.index + 1) * rows),)
         found = []
         for piece in self.pieces:
+            if piece.at and index and piece.part == ():
+                return []  # a tile of a part of a tensor
             if piece.part == ():
                 found.append(Matrix(self, piece.tensor, piece.dtype, piece.at or index, index, tile.transposed))
             elif piece.part[0] == tile.index:
@@ -229,10 +231,11 @@ def tensor_of(name: str) -> str:
     return re.sub(r"\[[\d:, ]+\]$", "", name)
 
 
-def put(solved: Sequence[tuple[Matrix, Tensor]]) -> None:
+def put(solved: list[tuple[Matrix, Tensor]]) -> None:
     """Put rounded matrices W [d_out, d_in] in their places in the model."""
     fresh: dict[str, tuple[Any, Tensor]] = {}  # all of it is made first: a lack of memory leaves the model as it was
-    for matrix, W in solved:
+    while solved:  # each W is let go of as soon as it is in its place
+        matrix, W = solved.pop()
         weight, new = matrix.weight, W.T if matrix.transposed else W
         if matrix.part == ():
             fresh[weight.name] = weight.parameter, new.contiguous()

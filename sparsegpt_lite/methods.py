@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsegpt_lite import masks
 from sparsegpt_lite.errors import ConfigError, SolverError
+from sparsegpt_lite.hessian import finite
 from sparsegpt_lite.solver import Solution, sparsegpt
 from sparsegpt_lite.sparsity import Sparsity, parse
 
@@ -70,9 +71,9 @@ def prune_layer(
     if misfit := sparsity.misfit(W.shape[1]):
         raise ConfigError(f"pattern {sparsity} does not fit: {misfit}")
     for what, tensor in (("weights", W), ("moments of the inputs", H)):
-        if not bool(tensor.isfinite().all()):
+        if not finite(tensor):
             raise SolverError(f"the {what} hold NaN or infinity")
     solution = METHODS[method](W.float(), H.float(), sparsity, damping, block_size)
-    if not bool(solution.W.isfinite().all()):
+    if not finite(solution.W):
         raise SolverError(f"the solved weights hold NaN or infinity (damping {solution.damping}): raise --damping")
     return solution

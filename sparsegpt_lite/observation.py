@@ -72,9 +72,9 @@ class Observation:
         """Whether a weight is used as one matrix, or as one per tile; otherwise it stays dense."""
         weight, own = self.weights[name], [tile for tile in tiles if tile.weight == name]
         if len({(tile.count, tile.transposed) for tile in own}) > 1:
-            self.dense |= dict.fromkeys(weight.tensors, "is used in more than one way")
+            self.dense |= dict.fromkeys(weight.kept, "is used in more than one way")
         elif own and ((weight.bare and own[0].count == 1) or not any(map(weight.matrices, own))):
-            self.dense |= dict.fromkeys(weight.tensors, unused(weight))
+            self.dense |= dict.fromkeys(weight.kept, unused(weight))
         else:
             return True
         return False
@@ -104,8 +104,8 @@ class Observation:
                 one = own[0]
                 every = [Tile(name, i, one.count, one.transposed) for i in range(one.count)]
                 self._starved |= {tile: 0 for tile in every if tile not in used and weight.matrices(tile)}
-            elif not any(tensor in self.dense for tensor in weight.tensors):
-                self.dense |= dict.fromkeys(weight.tensors, unused(weight))
+            elif not any(tensor in self.dense for tensor in weight.kept):
+                self.dense |= dict.fromkeys(weight.kept, unused(weight))
 
     def _with_all_tokens(self) -> Iterator[Seen]:
         """Send every token to the starved experts, some at a time, where their module is given its routing."""

@@ -34,6 +34,7 @@ from sparsegpt_lite.calibration import Windows, check_vocabulary, draw, load_tok
 from sparsegpt_lite.checkpoint import REPORT, Checkpoint
 from sparsegpt_lite.config import PruneConfig, block_numbers
 from sparsegpt_lite.errors import CalibrationError, ConfigError, ModelError, SolverError, SparseGPTError, one_line
+from sparsegpt_lite.hessian import finite
 from sparsegpt_lite.matrices import Matrix, left_out, put, tensor_of
 from sparsegpt_lite.methods import prune_layer
 from sparsegpt_lite.observation import Observation, Seen
@@ -80,6 +81,8 @@ def prune(  # noqa: PLR0913, the public door
         >>> report = prune("meta-llama/Llama-3.1-8B", "llama-2of4", PruneConfig(sparsity="2:4"))
     """
     config, target = config or PruneConfig(), Path(target).expanduser()
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume: one begins anew, the other goes on; give one of them")
     checkpoint = Checkpoint(source, config.revision)
     check_target(checkpoint, target, overwrite, resume)
     model = StreamedModel(checkpoint, pick_device(config.device), pick_dtype(config.dtype), config.trust_remote_code)
@@ -240,18 +243,22 @@ def prune_blocks(
                     solved, result = [], Done([], {})
                     for matrix, seen in observed(model, block, suspended.calls, config, done, result.dense):
                         started = time.monotonic()
-                        W = matrix.read().float()  # [d_out, d_in]
-                        H, method = (seen.H, config.method) if seen.H is not None else (nothing_seen(W), "magnitude")
                         with naming(matrix.name):
+                            W = matrix.read().float()  # [d_out, d_in]
+                            H, method = (
+                                (seen.H, config.method) if seen.H is not None else (nothing_seen(W), "magnitude")
+                            )
                             solution = prune_layer(W, H, config.sparsity, method, config.damping, config.block_size)
-                        solved.append((matrix, matrix.rounded(solution.W)))
-                        known = {"block": block, "pattern": pattern, "damping": solution.damping}
-                        result.rows.append(row(*solved[-1], seen, known | {"seconds": time.monotonic() - started}))
+                            solved.append((matrix, matrix.rounded(solution.W)))
+                            known = {"block": block, "pattern": pattern, "damping": solution.damping}
+                            result.rows.append(row(*solved[-1], seen, known | {"seconds": time.monotonic() - started}))
                     if solved:
                         del matrix, seen, W, H, solution  # before the next block comes
+                    pruned = [matrix for matrix, _ in solved]
                     put(solved)
-                    write(block, [matrix for matrix, _ in solved], result)
+                    write(block, pruned, result)
                     done[block] = result
+                    del pruned
                 if len(done) < wanted:
                     suspended.advance()
             bar.update()
@@ -271,7 +278,7 @@ def observed(
     tensor that stays dense.
     """
     for name, parameter in model.blocks[block].named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not finite(parameter):
             raise ModelError(f"{block}.{name}: the weights hold NaN or infinity; fetch the checkpoint again")
     weights, reasons = candidates(model, block, config)
     before = {tensor for result in done.values() for tensor in result.tensors}
@@ -310,8 +317,8 @@ def naming(matrix: str) -> Iterator[None]:
         raise type(error)(f"{matrix}: {error}") from error
     except torch.OutOfMemoryError as error:  # fewer windows per forward would not help
         raise SolverError(
-            f"{matrix}: out of memory while it was solved ({one_line(error)}); use --activations host, or another "
-            f"--device"
+            f"{matrix}: out of memory while it was solved ({one_line(error)}); lower --hessian-gib, or use "
+            f"--activations host"
         ) from error
 
 

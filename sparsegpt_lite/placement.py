@@ -1,6 +1,5 @@
 """Where do activations wait for the next block? On the blocks' device, in the host's memory, or in files."""
 
-import mmap
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from sparsegpt_lite.errors import CheckpointError, one_line
 
 CPU = torch.device("cpu")
+WRITTEN = ["past_key_values", "shared_kv_states"]  # blocks write into these, so they must not be copied
 SMALL = 2**16  # bytes; a file for less is not worth it
 
 
@@ -27,7 +27,7 @@ class Placement:
     """Where activations wait.
 
     With `host` and `disk` all that is outside of the blocks runs on the CPU, so that nothing else is kept on the
-    device either.
+    device either, but for keys and values that later blocks share.
 
     Attributes:
         where: device, host or disk.
@@ -46,7 +46,7 @@ class Placement:
 
     def inward(self, tree: Any) -> Any:
         """Move tensors, in whatever they are nested in, to the blocks."""
-        return tree if self.outer == self.device else send_to_device(tree, self.device)
+        return tree if self.outer == self.device else send_to_device(tree, self.device, skip_keys=WRITTEN)
 
     def outward(self, tree: Any) -> Any:
         """Move tensors to where they wait."""
@@ -102,12 +102,12 @@ def _in_file(tensor: Tensor, folder: Path | None) -> Tensor:
         return tensor.to(CPU)
     allocate: Callable[[int, int, int], None] = getattr(os, "posix_fallocate", lambda file, _, n: os.truncate(file, n))
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
             allocate(file.fileno(), 0, size)  # now, not when a page of it is written
-            memory = mmap.mmap(file.fileno(), size)
+            memory = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise CheckpointError(
             f"{folder or tempfile.gettempdir()}: cannot hold the activations ({one_line(error)}); make room there, or "
             f"use --activations host"
         ) from error
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    return memory.view(tensor.shape).copy_(tensor)

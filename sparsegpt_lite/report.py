@@ -111,7 +111,7 @@ class PruneReport:
         """A table with a line for each kind of matrix, and what the whole run came to."""
         kinds: dict[tuple[str, tuple[int, int]], list[MatrixReport]] = {}
         for matrix in self.matrices:
-            kind = re.sub(r"(?<=[.\[])\d+(?=[].])", "*", matrix.name.removesuffix(".weight"))
+            kind = re.sub(r"(?<=[.\[ :])\d+(?=[].,:])", "*", matrix.name.removesuffix(".weight"))
             kinds.setdefault((kind, matrix.shape), []).append(matrix)
         rows = [("matrix", "count", "shape", "zeros", "error / energy: mean", "worst", "in")]
         for (kind, shape), group in kinds.items():

@@ -3,7 +3,6 @@
 import errno
 import gc
 import json
-import mmap
 import os
 import re
 import shlex
@@ -621,7 +620,7 @@ def test_out_of_memory_with_one_window(source, options, memory_for, said, solves
         assert main(argv) == 1
         text, again = parts(said())
         assert text.startswith("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
-        assert "; lower --seqlen or --nsamples, or use --activations disk" in text
+        assert "; lower --hessian-gib or --seqlen, or use --activations disk" in text
         assert again == [*argv, "--resume"]
         assert [note["batch_size"] for note in lines(tmp_path / "out", "note")] == [4, 2, 1]
         assert lines(tmp_path / "out", "block") == ["model.layers.0"]
@@ -634,7 +633,7 @@ def test_out_of_memory_with_one_window(source, options, memory_for, said, solves
 def test_out_of_memory_with_one_window_in_the_first_block(source, options, memory_for, said, tmp_path):
     memory_for(0, 0)
     assert main([str(source), *options, "--out", str(tmp_path / "out")]) == 1
-    assert re.fullmatch(r"out of memory \(.*\); lower --seqlen or --nsamples, or use --activations disk", said())
+    assert re.fullmatch(r"out of memory \(.*\); lower --hessian-gib or --seqlen, or use --activations disk", said())
     assert not (tmp_path / "out").exists()
 
 
@@ -644,7 +643,7 @@ def test_out_of_memory_in_the_solver(source, options, memory_for, solves, said, 
     assert main([str(source), *options, "--out", str(tmp_path / "out")]) == 1
     text, _ = parts(said())
     assert re.match(r"model\.layers\.1\.self_attn\.\w_proj\.weight: out of memory while it was solved \(CUDA", text)
-    assert re.search(r"; use --activations host, or another --device$", text)
+    assert re.search(r"; lower --hessian-gib, or use --activations host$", text)
     assert solves.count == IN_BLOCK_1
     assert {*sizes} == {8}
     assert lines(tmp_path / "out", "note") == []
@@ -728,8 +727,14 @@ def test_activations_wait_anywhere(where, told, source, on_host, tmp_path):
 
 
 def test_activations_on_the_disk_are_in_files_without_names(source, solves, tmp_path, monkeypatch):
-    work, sizes, found, real = tmp_path / "out" / ".work", [], [], mmap.mmap
-    monkeypatch.setattr(mmap, "mmap", lambda file, size: sizes.append(size) or real(file, size))
+    work, sizes, found, real = tmp_path / "out" / ".work", [], [], torch.from_file
+
+    def mapped(*args: object, **options: Any) -> torch.Tensor:
+        tensor = real(*args, **options)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch, "from_file", mapped)
 
     def look() -> None:
         found.append({path.name for path in work.iterdir()})
