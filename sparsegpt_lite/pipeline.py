@@ -69,6 +69,7 @@ def prune(  # noqa: PLR0913, the public door
             into the report.
         overwrite: Replace an earlier output of ours.
         resume: Go on with the run that did not come to its end in the target, if there is one; it must be this run.
+            Goes before `overwrite`, so that the same call can be made again.
         progress: Draw a bar on stderr.
 
     Returns:
@@ -81,8 +82,6 @@ def prune(  # noqa: PLR0913, the public door
         >>> report = prune("meta-llama/Llama-3.1-8B", "llama-2of4", PruneConfig(sparsity="2:4"))
     """
     config, target = config or PruneConfig(), Path(target).expanduser()
-    if overwrite and resume:
-        raise ConfigError("--overwrite and --resume: one begins anew, the other goes on; give one of them")
     checkpoint = Checkpoint(source, config.revision)
     check_target(checkpoint, target, overwrite, resume)
     model = StreamedModel(checkpoint, pick_device(config.device), pick_dtype(config.dtype), config.trust_remote_code)

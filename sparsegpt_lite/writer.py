@@ -442,7 +442,7 @@ def check_run(target: Path, then: Any, now: Mapping[str, Any]) -> None:
     kind = "unfinished run" if unfinished(target) else "run"
     raise CheckpointError(
         f"{target}: the {kind} there had {'; '.join(named)}{more}; give the same options, begin anew with "
-        f"--overwrite, or choose another --out"
+        f"--overwrite and not --resume, or choose another --out"
     )
 
 

@@ -8,8 +8,11 @@ import random
 import re
 import shutil
 import struct
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +84,8 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
         stdout, line = capsys.readouterr()
         assert stdout == ""
         assert re.fullmatch(r"sparsegpt-lite: [^\r\n]+\n", line), line
+        assert line[:-1].isprintable()
+        assert len(line.replace(str(tmp_path), "")) < 700
         lacks = [word for word in words if word not in line]
         if not REMEDY.search(line.replace(str(tmp_path), "")):
             lacks.append("(what to do)")
@@ -171,6 +176,34 @@ def smaller_vocabulary(folder: Path) -> None:
     edit_config(folder, vocab_size=70, bos_token_id=1, eos_token_id=1)
 
 
+def adapter(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / SINGLE).rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+
+
+def empty_tensor(*shape: int) -> Callable[[Path], object]:
+    """Add a tensor without data to the header."""
+
+    def add(folder: Path) -> None:
+        raw = (folder / SINGLE).read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        place = [len(raw) - 8 - length] * 2
+        entries = json.loads(raw[8 : 8 + length]) | {"x": {"dtype": "F32", "shape": shape, "data_offsets": place}}
+        body = json.dumps(entries).encode()
+        (folder / SINGLE).write_bytes(struct.pack("<Q", len(body)) + body + raw[8 + length :])
+
+    return add
+
+
+def tokenizer_field(**fields: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
 def tensor_twice(folder: Path) -> None:
     name, tensor = next(iter(load_file(shard(folder, 1)).items()))
     edit_tensors(shard(folder, 2), lambda tensors: tensors.update({name: tensor}))
@@ -195,19 +228,58 @@ DAMAGES = {
     "no config": Damage(lambda m: (m / "config.json").unlink(), ("/model", "no config.json")),
     "no folder": Damage(shutil.rmtree, ("/model", "no such folder")),
     "config no JSON": Damage(lambda m: (m / "config.json").write_text("{"), ("config.json", "not valid JSON")),
+    "config of brackets": Damage(
+        lambda m: (m / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        ("config.json", "not valid JSON"),
+    ),
     "config a list": Damage(lambda m: (m / "config.json").write_text("[]"), ("config.json", "list")),
     "quantized": Damage(
         lambda m: edit_config(m, quantization_config={"quant_method": "gptq", "bits": 4}),
         ("config.json", "quantized", "gptq", "unquantized"),
     ),
+    "quantized by a method of many words": Damage(
+        lambda m: edit_config(m, quantization_config={"quant_method": ["gptq\n"] * 500}),
+        ("config.json", "quantized", "unquantized"),
+    ),
+    "quantized, as its bytes say": Damage(
+        lambda m: edit_tensors(m / SINGLE, lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)})),
+        ("/model", UP, "F8_E4M3", "dense"),
+    ),
+    "one weight of integers": Damage(
+        lambda m: edit_tensors(m / SINGLE, lambda t: t.update({UP: t[UP].to(torch.int32)})),
+        ("/model", UP, "I32", "dense"),
+    ),
+    "adapter": Damage(adapter, ("/model", "an adapter", "merge it", "base model")),
     "own code": Damage(
         lambda m: edit_config(m, auto_map={"AutoModelForCausalLM": "modeling.Model"}),
         ("/model", "own model code", "--trust-remote-code"),
     ),
     "unknown model type": Damage(lambda m: edit_config(m, model_type="frob"), ("/model", "frob", "transformers")),
+    "no model type": Damage(
+        lambda m: (m / "config.json").write_text((m / "config.json").read_text().replace('"model_type"', '"kind"')),
+        ("/model", "no model_type in config.json", "transformers"),
+    ),
     "no language model": Damage(lambda m: edit_config(m, model_type="t5"), ("/model", "t5", "transformers")),
+    "encoder and decoder": Damage(
+        lambda m: edit_config(m, is_encoder_decoder=True), ("/model", "encoder", "give a decoder-only model")
+    ),
+    "encoder": Damage(
+        lambda m: edit_config(m, architectures=["BertForMaskedLM"]), ("/model", "BertForMaskedLM", "decoder-only model")
+    ),
     "more layers": Damage(
         lambda m: edit_config(m, num_hidden_layers=3), ("/model", "9 weights", "model.layers.2.", "config.json")
+    ),
+    "far more layers": Damage(  # test_fuzz.py has larger numbers, with limits
+        lambda m: edit_config(m, num_hidden_layers=20_000), ("/model", "num_hidden_layers 20000", "21 tensors")
+    ),
+    "far larger heads": Damage(
+        lambda m: edit_config(m, head_dim=2**27), ("/model", "k_proj.weight", "[16, 32] on disk", "config.json")
+    ),
+    "far larger vocabulary": Damage(
+        lambda m: edit_config(m, vocab_size=10**12), ("/model", "[257, 32] on disk", "[1000000000000, 32]")
+    ),
+    "vocabulary without its special tokens": Damage(
+        lambda m: edit_config(m, vocab_size=64), ("/model", "[257, 32] on disk", "config.json", "[64, 32]")
     ),
     "other hidden size": Damage(
         lambda m: edit_config(m, hidden_size=48), ("/model", "[257, 32] on disk", "config.json", "[257, 48]")
@@ -225,6 +297,7 @@ DAMAGES = {
     ),
     "no tokenizer": Damage(without_tokenizer, ("/model", "no tokenizer", "tokenizer.json")),
     "tokenizer no JSON": Damage(lambda m: (m / "tokenizer.json").write_text("{"), ("/model", "tokenizer")),
+    "tokenizer that cannot be called": Damage(tokenizer_field(model_max_length="long"), ("/model", "tokenizer")),
     "tokenizer too large": Damage(smaller_vocabulary, ("text.txt", "token ", "vocabulary of 70", "tokenizer")),
     "truncated": Damage(lambda m: os.truncate(m / SINGLE, 60_000), (FILE, "60,000 bytes", "fetch it again")),
     "truncated in the header": Damage(lambda m: os.truncate(m / SINGLE, 100), (FILE, "header")),
@@ -248,6 +321,7 @@ DAMAGES = {
     "shape of strings": Damage(entry(shape=["96", "32"]), (FILE,)),
     "shape of fractions": Damage(entry(shape=[96.0, 32.0]), (FILE,)),
     "shape negative": Damage(entry(shape=[-96, -32]), (FILE, "-96")),
+    "shape beyond all bounds": Damage(empty_tensor(2**63, 0), (FILE, "9223372036854775808")),
     "shape too small": Damage(entry(shape=[96, 31]), (FILE, "invalid shape")),
     "offsets of strings": Damage(entry(data_offsets=["0", "1"]), (FILE,)),
     "offsets of fractions": Damage(entry(data_offsets=[0.0, 12288.0]), (FILE,)),
@@ -264,6 +338,23 @@ DAMAGES = {
         f"index names {name!r}": Damage(lambda m, s=name: edit_index(m, s), (INDEX, repr(name)), SHARDED)
         for name in ("../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "config.json", "", 3, None, ["x"])
     },
+    "index names a line": Damage(
+        lambda m: edit_index(m, "a\nb.safetensors"), (INDEX, r"a\nb.safetensors", "missing"), SHARDED
+    ),
+    "index names a colour": Damage(
+        lambda m: edit_index(m, "\x1b[31mred.safetensors"), (INDEX, r"\x1b[31mred.safetensors", "missing"), SHARDED
+    ),
+    "index names a shard of 9000 letters": Damage(
+        lambda m: edit_index(m, "x" * 9000 + ".safetensors"), (INDEX, "xxx", "missing", "fetch"), SHARDED
+    ),
+    "index names a link out of the folder": Damage(
+        lambda m: (
+            (m / "x.safetensors").symlink_to(shutil.copyfile(shard(m, 2), m.parent / "elsewhere")),
+            edit_index(m, "x.safetensors"),
+        ),
+        ("/model/x.safetensors", "link to a file outside of the folder", "copy"),
+        SHARDED,
+    ),
     "weights a link out of the folder": Damage(
         lambda m: elsewhere(m / SINGLE), (FILE, "link to a file outside of the folder", "copy")
     ),
@@ -345,7 +436,11 @@ def test_eval_of_a_model_that_is_not_finite(name, damaged, refused, eval_options
     refused("eval", damaged(NOT_FINITE[name]), *eval_options, "--windows", "4", words=("/model", "NaN or infinite"))
 
 
-@pytest.mark.parametrize("name", ["truncated", "shard missing", "offsets that overlap", "dtype unknown", "quantized"])
+@pytest.mark.parametrize(
+    "name",
+    ["truncated", "shard missing", "offsets that overlap", "dtype unknown", "quantized", "shape beyond all bounds",
+     "config of brackets", "index names a line", "index names a shard of 9000 letters", "adapter"],
+)  # fmt: skip
 def test_inspect_of_a_damaged_model(name, damaged, refused):
     refused("inspect", damaged(DAMAGES[name]), words=DAMAGES[name].words)
 
@@ -364,12 +459,124 @@ def test_damaged_bytes_in_a_header_never_end_in_a_traceback(model, capsys):
     assert not raised, "\n".join(f"{where}: {error}" for where, error in raised.items())
 
 
+def test_names_that_move_the_cursor_are_shown_as_they_are_written(model, capsys):
+    edit_tensors(model / SINGLE, lambda tensors: tensors.update({"\x1b[2J\nfoo.weight": torch.ones(2, 2)}))
+    assert main(["inspect", str(model)]) == 0
+    assert r"\x1b[2J\nfoo.weight  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", '{"config": true}', '{"config": {"sparsity": [2, 4]}}', "[" * 100_000])
+def test_inspect_beside_a_report_of_others(text, model, capsys):
+    (model / "sparsity.json").write_text(text)
+    assert main(["inspect", str(model)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_more_layers_on_disk_than_in_the_config(model, options, out, capsys):
+    """As with the layers that some models bring for predicting several tokens: they are copied, and it is said."""
+    edit_config(model, num_hidden_layers=1)
+    before = contents(model)
+    assert main([str(model), *options[:-1]]) == 0
+    assert "9 not in the model that config.json describes" in capsys.readouterr().out
+    old, new = load_file(model / SINGLE), load_file(out / SINGLE)
+    changed = {name.split(".")[2] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"0"}
+    assert contents(model) == before
+
+
+def test_shards_of_different_dtypes(checkpoint, options, out, tmp_path, capsys):
+    """Each tensor keeps its own; the model is loaded in that of most weights."""
+    model = shutil.copytree(checkpoint("llama", **SHARDED), tmp_path / "model")
+    first, second, *_ = sorted(model.glob("model-*.safetensors"))[1:]
+    edit_tensors(first, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+    edit_tensors(second, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    before = contents(model)
+    assert main([str(model), *options, "--sparsity", "2:4"]) == 0
+    assert capsys.readouterr().err == ""
+    dtypes, report = {}, json.loads((out / "sparsity.json").read_text())
+    for path in sorted(model.glob("model-*.safetensors")):
+        old, new = load_file(path), load_file(out / path.name)
+        assert {name: (t.dtype, t.shape) for name, t in old.items()} == {n: (t.dtype, t.shape) for n, t in new.items()}
+        dtypes |= {name: t.dtype for name, t in new.items()}
+        for matrix in report["matrices"]:
+            if matrix["name"] in new:
+                zeros = new[matrix["name"]].unflatten(1, (-1, 4)) == 0
+                assert (zeros.sum(2) == 2).all()
+                assert matrix["zeros"] == zeros.sum()
+    assert {dtypes[matrix["name"]] for matrix in report["matrices"]} == {torch.float32, torch.float16, torch.bfloat16}
+    assert report["dtype"] == "float32"
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--json"]) == 0
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    for tensor in json.loads(capsys.readouterr().out):
+        assert tensor["dtype"] == names[dtypes[tensor["name"]]]
+        assert (tensor["pattern"] == "2:4") == (tensor["name"] in {matrix["name"] for matrix in report["matrices"]})
+    assert contents(model) == before
+
+
+def test_index_beside_the_weights_in_one_file(model, options, out):
+    """As transformers does, and a stale index does not come along."""
+    (model / INDEX).write_text('{"weight_map": {"a": "nowhere.safetensors"}}')
+    assert main([str(model), *options]) == 0
+    assert {path.name for path in out.iterdir()} & {SINGLE, INDEX} == {SINGLE}
+
+
+def test_work_folder_in_the_source_is_none_of_ours(model, options, out):
+    (model / ".work").mkdir()
+    (model / ".work" / "journal").write_text("of another")
+    before = contents(model)
+    assert main([str(model), *options]) == 0
+    assert contents(model) == before
+    assert not (out / ".work").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["nowhere", "org/nowhere", "my--model", "model.git", ".model", "m" * 97, "a/b/c", "~nobody/model"]
 )
 def test_model_that_is_not_there(name, refused, options, out):
     refused(name, *options, words=(name, "no such folder"))
     assert not out.exists()
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be someone for whom permissions count."""
+    users = os.getresuid()
+    if users[1] == 0:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(*users)
+
+
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that everyone can get into, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no users here as Linux has them")
+@pytest.mark.parametrize("name", [".", "config.json", SINGLE])
+@pytest.mark.parametrize("command", ["prune", "inspect"])
+def test_model_that_may_not_be_read(command, name, checkpoint, refused, options, out, open_folder):
+    folder = shutil.copytree(checkpoint("llama"), open_folder / "model")
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755 if path == folder else 0o644)
+    (folder / name).chmod(0)
+    with unprivileged():
+        refused(
+            command, folder, *(options if command == "prune" else ()), words=(str(folder / name), "ermission denied")
+        )
+    (folder / name).chmod(0o755)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect"])
+def test_model_of_too_long_a_name(command, refused):
+    refused(command, "x" * 300, words=("too long",))
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
@@ -428,6 +635,32 @@ OPTIONS = {
     "--device meta": ("--device meta", "cpu", "cuda"),
     "--skip (": ("--skip (", "regular expression"),
     "--skip .*": ("leave nothing to prune", "--skip"),
+    "--skip frob": ("--skip frob", "matches no weight"),
+    "--only (": ("--only (", "regular expression"),
+    "--only frob": ("--only frob", "matches no weight"),
+    "--only embed": ("--only embed", "matches no weight"),
+    "--only mlp --skip mlp|attn": ("--skip mlp|attn --only mlp", "leave nothing to prune"),
+    "--blocks 3-1": ("--blocks 3-1", "0-11"),
+    "--blocks a": ("--blocks a", "0-11"),
+    "--blocks=": ("--blocks", "0-11"),
+    "--blocks -1": ("--blocks -1", "0-11"),
+    "--blocks 1,": ("--blocks 1,", "0-11"),
+    "--blocks 0-99": ("--blocks 0-99", "2 blocks"),
+    "--blocks 2": ("--blocks 2", "2 blocks"),
+    "--few-tokens x": ("--few-tokens x", "all", "magnitude"),
+    "--activations x": ("--activations x", "auto", "device", "host", "disk"),
+    "--token-floor -1": ("--token-floor -1", "at least 0"),
+    "--token-floor nan": ("--token-floor nan", "at least 0"),
+    "--hessian-gib 0": ("--hessian-gib 0", "above 0"),
+    "--hessian-gib -1": ("--hessian-gib -1", "above 0"),
+    "--hessian-gib nan": ("--hessian-gib nan", "above 0"),
+    f"--sparsity 1:{'9' * 5000}": ("1:999", "0.5", "2:4"),
+    f"--seed {10**20}": (f"--seed {10**20}", "below 2**63"),
+    f"--batch-size {10**20}": (f"--batch-size {10**20}", "below 2**63"),
+    "--text=": ("--text", "is empty"),
+    f"--text {'x' * 300}": ("too long",),
+    f"--eval {'x' * 300}": ("too long",),
+    f"--out {'x' * 300}": ("too long",),
     "--nsamples 0": ("--nsamples 0", "at least 1"),
     "--batch-size 0": ("--batch-size 0", "at least 1"),
     "--block-size 0": ("--block-size 0", "at least 1"),
@@ -442,6 +675,7 @@ OPTIONS = {
 }
 EVAL_OPTIONS = {
     "--windows 0": ("--windows 0", "at least 1"),
+    f"--batch-size {10**20}": (f"--batch-size {10**20}", "below 2**63"),
     "--seqlen 1": ("--seqlen 1", "at least 2"),
     "--seqlen 99999": ("64 positions", "--seqlen 99999"),
     "--bos frob": ("--bos frob", "text", "document", "window"),
@@ -606,6 +840,103 @@ def test_disk_that_fills_up_on_the_way(checkpoint, refused, options, out, monkey
     monkeypatch.setattr(shutil, "copyfile", full)
     refused(checkpoint("llama"), *options, words=("/out", "No space left on device"))
     assert not out.exists()
+
+
+def test_file_that_may_not_grow_so_large(checkpoint, refused, options, out):
+    """The system's own error, as a disk gives it that is full: the limit is less than the weights."""
+    resource = pytest.importorskip("resource")
+    before, (soft, hard) = contents(checkpoint("llama")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused(checkpoint("llama"), *options, words=("/out", "cannot be written", "File too large", "make room"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists()
+    assert contents(checkpoint("llama")) == before
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A file system that nobody may write to, root neither."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("below", ["", "out", "a/b/out"])
+def test_read_only_file_system(below, checkpoint, refused, options, read_only):
+    refused(checkpoint("llama"), *options, "--out", read_only / below, words=("/read-only", "no folder to write to"))
+    assert not any(read_only.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "setresuid"), reason="no users here as Linux has them")
+@pytest.mark.parametrize("below", [".", "out", "a/b/out"])
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_folder_that_may_not_be_written_to(mode, below, checkpoint, refused, options, open_folder):
+    model = shutil.copytree(checkpoint("llama"), open_folder / "model")
+    for path in (model, *model.iterdir()):
+        path.chmod(0o755 if path == model else 0o644)
+    locked = open_folder / "locked"
+    locked.mkdir(mode)
+    with unprivileged():
+        refused(model, *options, "--out", locked / below, words=(str(locked),))
+    locked.chmod(0o755)
+    assert not any(locked.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory here")
+def test_output_on_another_file_system(checkpoint, options, out):
+    assert main([str(checkpoint("llama")), *options]) == 0
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if Path(folder).stat().st_dev == out.stat().st_dev:
+            pytest.skip("/dev/shm is the file system of the other tests")
+        assert main([str(checkpoint("llama")), *options, "--out", f"{folder}/out"]) == 0
+        assert contents(Path(folder) / "out")[SINGLE] == contents(out)[SINGLE]
+
+
+@pytest.mark.parametrize("target", ["model/../out", "a/../b/c", "./out/", "model/out", "../{here}/out"])
+def test_output_folder_that_is_written_oddly(target, model, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, target = contents(model), target.format(here=tmp_path.name)
+    assert main(["model/", *options, "--out", target]) == 0
+    place = Path(os.path.normpath(tmp_path / target))
+    assert {path.name for path in place.iterdir()} == {*before, "sparsity.json"}
+    assert {name: data for name, data in contents(model).items() if not name.startswith("out/")} == before
+
+
+def test_model_inside_of_the_output_folder(model, refused, options, tmp_path):
+    before = contents(tmp_path)
+    refused(model, *options, "--out", tmp_path, "--overwrite", words=("not an output of ours", "--out"))
+    assert contents(tmp_path) == before
+
+
+def test_resume_and_overwrite(checkpoint, refused, options, out, monkeypatch):
+    """Not both; --resume goes on with a run that was to replace another as well."""
+    folder, other = checkpoint("llama"), [*options, "--sparsity", "2:4"]
+    assert main([str(folder), *options]) == 0
+    first, calls = contents(out), []
+    refused(folder, *other, "--overwrite", "--resume", words=("--overwrite and --resume", "give one of them"))
+    refused(folder, *other, "--resume", words=("/out", "the run there had", "sparsity", "'2:4'", "--overwrite"))
+    assert contents(out) == first
+    solve = methods.METHODS["sparsegpt"]
+
+    def interrupted(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(methods.METHODS, "sparsegpt", interrupted)
+        assert main([str(folder), *other, "--overwrite"]) == 130
+    assert main([str(folder), *other, "--resume"]) == 0
+    report = json.loads((out / "sparsity.json").read_text())
+    assert (report["config"]["sparsity"], report["resumed"]) == ("2:4", 1)
 
 
 def test_output_is_checked_before_the_dense_model_is_evaluated(checkpoint, refused, options, out, monkeypatch):

@@ -789,7 +789,9 @@ def test_run_of_other_options_is_refused(now, words, three_shards, stopped):
         Writer(Checkpoint(three_shards), folder, RUN | now, resume=True)
     message = str(caught.value)
     assert message.startswith(f"{folder}: the unfinished run there had ")
-    assert message.endswith("; give the same options, begin anew with --overwrite, or choose another --out")
+    assert message.endswith(
+        "; give the same options, begin anew with --overwrite and not --resume, or choose another --out"
+    )
     assert [word for word in words if word not in message] == []
     assert "\n" not in message
     assert len(message) < len(str(folder)) + 400

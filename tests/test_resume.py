@@ -337,7 +337,7 @@ def test_resume_of_another_run_is_refused(name, source, text_file, options, stop
     line = said()
     assert line.startswith("out: the unfinished run there had ")
     assert words in line
-    assert "; give the same options, begin anew with --overwrite, or choose another --out" in line
+    assert "; give the same options, begin anew with --overwrite and not --resume, or choose another --out" in line
     assert contents(stopped) == before
 
 
