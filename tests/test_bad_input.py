@@ -916,12 +916,11 @@ def test_model_inside_of_the_output_folder(model, refused, options, tmp_path):
 
 
 def test_resume_and_overwrite(checkpoint, refused, options, out, monkeypatch):
-    """Not both; --resume goes on with a run that was to replace another as well."""
-    folder, other = checkpoint("llama"), [*options, "--sparsity", "2:4"]
+    """The same command and --resume goes on, also with the run that was to replace another; it throws nothing away."""
+    folder, other = checkpoint("llama"), [*options, "--sparsity", "2:4", "--overwrite"]
     assert main([str(folder), *options]) == 0
     first, calls = contents(out), []
-    refused(folder, *other, "--overwrite", "--resume", words=("--overwrite and --resume", "give one of them"))
-    refused(folder, *other, "--resume", words=("/out", "the run there had", "sparsity", "'2:4'", "--overwrite"))
+    refused(folder, *other, "--resume", words=("/out", "the run there had", "sparsity", "'2:4'", "not --resume"))
     assert contents(out) == first
     solve = methods.METHODS["sparsegpt"]
 
@@ -933,7 +932,7 @@ def test_resume_and_overwrite(checkpoint, refused, options, out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setitem(methods.METHODS, "sparsegpt", interrupted)
-        assert main([str(folder), *other, "--overwrite"]) == 130
+        assert main([str(folder), *other]) == 130
     assert main([str(folder), *other, "--resume"]) == 0
     report = json.loads((out / "sparsity.json").read_text())
     assert (report["config"]["sparsity"], report["resumed"]) == ("2:4", 1)
